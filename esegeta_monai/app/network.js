@@ -29,7 +29,7 @@ globalThis.esegetaNetwork = ({ make, short, send, guarded, question, view, shown
       meter.style.setProperty("--share", String(layer.seconds / most));
       const button = make("button", "", { type: "button", class: "layer", "data-layer": layer.number, "aria-pressed": String(layer === chosen) },
         make("span", "", { class: "stage" }, box), make("span", layer.type, { class: "type" }), make("span", layer.name, { class: "small dotted" }),
-        make("span", sizes(layer), { class: "small" }), meter, make("span", `${time(layer.seconds)}${layer.calls > 1 ? `, ${layer.calls} calls` : ""}`, { class: "small" }));
+        make("span", layer.shape.join("×"), { class: "small" }), meter, make("span", `${time(layer.seconds)}${layer.calls > 1 ? `, ${layer.calls} calls` : ""}`, { class: "small" }));
       button.title = `${layer.name}: ${layer.parameters} parameters, ${(100 * layer.seconds / total).toFixed(1)} % of the time`;
       button.addEventListener("click", guarded(() => choose(layer)));
       return make("li", "", {}, button);
@@ -101,12 +101,13 @@ globalThis.esegetaNetwork = ({ make, short, send, guarded, question, view, shown
 
   async function byChannel() {
     const name = $("through").value, key = name === "ConceptRelevance" ? "channels" : "channel";
-    const method = { name, parameters: { layer: chosen.name, [key]: channel } };
+    const method = { name, parameters: { layer: chosen.name, [key]: channel, name: `${name}-channel ${channel} of ${chosen.name}` } };
     await explain({ methods: [method] }, `${question().title.split(": ").slice(1).join(": ")}, through channel ${channel} of ${chosen.name}`);
   }
 
   async function byUnit() {
-    const target = { kind: "other", name: "LayerNeuron", parameters: { layer: chosen.name, channel, index: await index() } };
+    const at = await index(), name = `LayerNeuron-channel ${channel} of ${chosen.name} at ${at.join(" ")}`;
+    const target = { kind: "other", name: "LayerNeuron", parameters: { layer: chosen.name, channel, index: at, name } };
     await explain({ target }, `${question().methods[0].name}: why unit of channel ${channel} of ${chosen.name} at ${shown().state.at.join(", ")}`);
   }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import secrets
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -21,9 +20,10 @@ from esegeta_monai.errors import UsageError
 from esegeta_monai.explain.record import Record
 from esegeta_monai.output.report.collect import CaseResults, Result, read_output
 from esegeta_monai.output.report.embed import embed
+from esegeta_monai.output.report.memo import Memo
 from esegeta_monai.output.report.page import viewer_context
 from esegeta_monai.output.report.render import VIEWER, environment, read_text
-from esegeta_monai.output.report.volumes import Packed, pack
+from esegeta_monai.output.report.volumes import Packed
 
 __all__ = ["Views", "page"]
 
@@ -32,7 +32,7 @@ BUDGET = 60_000_000
 SHOWN = 4
 """Number of maps in the first view of a case: the newest."""
 VOLUMES = 20
-"""Number of volumes of a view whose packed form is kept for the next one."""
+"""Number of things made for a view that are kept for the next one."""
 KEPT = 3
 """Number of views that are kept; a page shows the newest."""
 
@@ -83,17 +83,7 @@ class Views:
         self._views: OrderedDict[str, View] = OrderedDict()
         self._numbers: dict[tuple[str, str, str], int] = {}
         self._files: dict[str, Path] = {}
-        self._packed: OrderedDict[bytes, Packed] = OrderedDict()
-
-    def _pack(self, values: np.ndarray, effort: int) -> Packed:
-        """Pack a volume, or return what the last views have packed: scan, prediction and older maps stay the same."""
-        key = hashlib.blake2b(f"{values.shape} {values.dtype}".encode() + values.tobytes(), digest_size=16).digest()
-        if key not in self._packed:
-            self._packed[key] = pack(values, effort)
-        self._packed.move_to_end(key)
-        while len(self._packed) > KEPT * VOLUMES:
-            self._packed.popitem(last=False)
-        return self._packed[key]
+        self._memo = Memo(KEPT * VOLUMES)
 
     def results(self, case: str) -> list[Result]:
         """Return the results of a case in the output folder, the oldest first."""
@@ -140,7 +130,7 @@ class Views:
             chosen = [r for r in with_map if self._number(case, r) in show]
         own = [_prediction(entry, loaded) for entry in loaded["prediction"]]
         results = CaseResults(case, [*own, *chosen], Path(loaded["scan"]))
-        embedded = embed(results, radiological=True, budget=BUDGET, effort=1, packer=self._pack)
+        embedded = embed(results, radiological=True, budget=BUDGET, effort=1, memo=self._memo)
         context = viewer_context(
             results, embedded, {id(r): None for r in results.explained}, self.output / "index.html"
         )

@@ -43,6 +43,12 @@ _TOO_DEEP = f"it is nested deeper than {MAX_DEPTH} levels, or contains itself"
 _REMEDY = "a config contains settings; put long lists of data into a file that the config's expressions read"
 
 
+def auto3dseg_algorithms(folder: Path) -> list[str]:
+    """Return the names of Auto3DSeg's algorithms in a folder: itself, or its subfolders."""
+    files = (file for pattern in ("", "*/") for file in folder.glob(f"{pattern}algo_object.*"))
+    return sorted({file.parent.name for file in files if file.suffix in (".pkl", ".json")})
+
+
 def find_config_files(bundle_dir: Path, given: str | Path | Sequence[str | Path] | None) -> tuple[Path, ...]:
     """Return the config files to use, in the order in which they are merged.
 
@@ -59,6 +65,14 @@ def find_config_files(bundle_dir: Path, given: str | Path | Sequence[str | Path]
         config = next((file for file in candidates if file.is_file()), None)
         if config is None and (bundle_dir / "plans.json").is_file():
             raise UsageError(f"{bundle_dir.name} is an nnU-Net model folder: give it by --nnunet, not --bundle")
+        if config is None and (algorithms := auto3dseg_algorithms(bundle_dir)):
+            raise UsageError(
+                f"{bundle_dir.name} is a folder of Auto3DSeg ({', '.join(algorithms)}): its AlgoEnsemble joins the "
+                "finished predictions of algorithms with preprocessing and windows of their own, so there is no image "
+                "that all of them see and no map of their mean; explain the network of each with its own inferer "
+                "(esegeta_monai.Explainer), and folds of one algorithm together by EnsembleInferer(inferer, "
+                "members=[...], average='softmax')"
+            )
         if config is None:
             names = ", ".join(sorted(file.name for file in (bundle_dir / "configs").glob("*.*"))) or "none"
             raise UsageError(

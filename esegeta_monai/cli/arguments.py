@@ -59,7 +59,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--totalsegmentator",
         metavar="TASK",
-        help="task of TotalSegmentator, such as total, in place of a bundle; --target liver chooses the class and, where "
+        help="task of TotalSegmentator, such as total, in place of a bundle; --target liver chooses the class and, if "
         "the task has several models, the model",
     )
     parser.add_argument("--fast", action="store_true", help="TotalSegmentator's model of 3 mm")

@@ -22,7 +22,7 @@ from esegeta_monai.cli.arguments import (
     heartbeat_of,
     part_id,
 )
-from esegeta_monai.cli.cases import Preprocessor, ScanCase, find_cases
+from esegeta_monai.cli.cases import Preprocessor, ScanCase, file_of_case, find_cases
 from esegeta_monai.cli.explain import (
     bundle_targets,
     each_case,
@@ -169,7 +169,7 @@ def _beside(args: Namespace, case: ScanCase, image: MetaTensor, data: Mapping[st
         if text is None:
             masks[what] = None
         else:
-            masks[what] = label_on_grid(_file_of(what, text, case, data), image.as_tensor(), context)
+            masks[what] = label_on_grid(file_of_case(what, text, case, data), image.as_tensor(), context)
     return masks
 
 
@@ -187,25 +187,6 @@ def _check_place(image: MetaTensor, scan: Path | MetaTensor) -> None:
         raise InputError(result.text)
     if result.verdict == "warned":
         logger.warning("%s", result.text)
-
-
-def _file_of(what: str, text: str, case: ScanCase, data: Mapping[str, Any]) -> str:
-    """Return the given file, or the file of a folder whose name begins with the case's name."""
-    path = Path(text)
-    if not path.is_dir():
-        if not path.exists() and text not in data:
-            raise UsageError(f"--{what} {text}: no such file or folder")
-        return text
-    names = {file: storage.case_name(file) for file in sorted(path.rglob("*")) if file.is_file()}
-    exact = [file for file, name in names.items() if name == case.name]
-    near = [f for f, n in names.items() if n.startswith(case.name) and not n[len(case.name) :][:1].isalnum()]
-    fitting = exact or near
-    if len(fitting) != 1:
-        listed = ", ".join(f.name for f in fitting[:5]) or "none"
-        raise UsageError(
-            f"--{what} {path.name}: expected one file named {case.name}.nii.gz or {case.name}_….nii.gz, found: {listed}"
-        )
-    return str(fitting[0])
 
 
 # -- maps of an earlier run ----------------------------------------------------------------------------------------

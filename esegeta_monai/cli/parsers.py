@@ -227,7 +227,7 @@ groups:
   a CSV with the columns case and group (two names), and where known patient (the unit of a test), site (patients are
   permuted within sites), and other variables, such as scanner, which clusters are compared with
 
-exit codes: 0 all cases were used, or had an empty target; 1 a case is missing, failed or was altered; 2 usage error
+exit codes: 0 all cases were used, or had an empty target; 1 some case is missing, failed or was altered; 2 usage error
 """
 
 
@@ -287,21 +287,69 @@ CONCEPTS_DESCRIPTION = """\
 Lists the channels of a layer through which most relevance of the target flows (concept relevance propagation), as the
 mean share over the scans, and for each channel the scans with the largest shares: one region a scan, as large as the
 receptive field of the channel's unit. It writes OUTPUT/concepts.html, pictures, and OUTPUT/concepts.csv with the share
-of every channel in every scan."""
+of every channel in every scan.
+
+With --concept or --concept-cases it tests whether the network uses given concepts (TCAV), against random ones, and
+writes OUTPUT/concept_tests.html, .csv and .json. With --find it looks for concepts that parts of many scans share (ACE
+or CRAFT), and writes OUTPUT/found_concepts.html, .csv, .json and pictures."""
+
+
+CONCEPTS_EPILOG = """concepts:
+  --concept tumour=masks/       a folder with one mask for each scan that shows it (named as the scan, or SCAN_...), or
+                                one file on the grid of all scans; above 0 is the concept. Scans without a mask are
+                                explained, but are no examples. At least 4 scans need a mask.
+  --concept-cases motion=ill/   scans that show the concept as a whole; the others of --input are without it
+
+exit codes: 0 all done; 1 a scan failed (the others are complete); 2 usage error, or too few scans
+"""
 
 
 def add_concepts(parser: ArgumentParser) -> None:
     """Add the arguments of ``concepts``."""
-    parser.description = CONCEPTS_DESCRIPTION
+    parser.description, parser.epilog = CONCEPTS_DESCRIPTION, CONCEPTS_EPILOG
     add_model(parser)
     parser.add_argument("--input", nargs="+", required=True, metavar="INPUT", help="scans, as for 'explain'")
     parser.add_argument("--output", required=True, metavar="DIR", help="output folder; created if missing")
-    parser.add_argument("--layer", metavar="NAME", help="layer (default: chosen for the network, see 'layers')")
+    parser.add_argument(
+        "--layer",
+        action="append",
+        metavar="NAME",
+        help="layer (default: chosen for the network, see 'layers'); with --concept it may be repeated",
+    )
     parser.add_argument("--target", metavar="TARGET", help="target (default: every predicted class except background)")
     parser.add_argument(
         "--channels", type=count, default=8, metavar="N", help="channels to show (default: %(default)s)"
     )
     parser.add_argument("--regions", type=count, default=4, metavar="N", help="scans for each channel (default: 4)")
+    parser.add_argument(
+        "--concept", action="append", metavar="NAME=MASKS", help="test a concept that masks mark; may be repeated"
+    )
+    parser.add_argument(
+        "--concept-cases", action="append", metavar="NAME=SCANS", help="test a concept that whole scans show"
+    )
+    parser.add_argument(
+        "--body", metavar="FILE", help="where random concepts may be: a mask, or a folder (default: the foreground)"
+    )
+    parser.add_argument("--random", type=count, default=199, metavar="K", help="random concepts (default: %(default)s)")
+    parser.add_argument(
+        "--statistic", choices=("share", "mean"), default="share",
+        help="what is tested: the share of scans in which the score rises along the concept, or the mean rise; choose "
+        "before looking (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--where", choices=("mask", "everywhere"), default="mask",
+        help="add the concept to the layer within its mask, or everywhere (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--alpha", type=_fraction, default=0.05, metavar="P",
+        help="level of all tests together, by Holm (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--find", choices=("ACE", "CRAFT"), help="find concepts by clustering, or by factorisation")
+    parser.add_argument("--concepts", type=count, default=8, metavar="N", help="concepts to find (default: 8)")
+    parser.add_argument(
+        "--units", default="supervoxels(n_segments=100)", metavar="SPEC",
+        help="parts of a scan for --find, such as 'grid(size=16)' (default: %(default)s)",
+    )  # fmt: skip
     add_network(parser)
     add_head(parser)
     add_computing_options(parser)

@@ -39,13 +39,14 @@ def open_reader(
     check_options(args)
     if args.nnunet is args.bundle is args.totalsegmentator is None:
         raise UsageError(
-            "give the bundle by --bundle DIR, an nnU-Net model folder by --nnunet DIR, or a task of TotalSegmentator by "
-            "--totalsegmentator TASK"
+            "give the bundle by --bundle DIR, an nnU-Net model folder by --nnunet DIR, or a task of TotalSegmentator "
+            "by --totalsegmentator TASK"
         )
     require_trust(args)
     if args.totalsegmentator is not None:
-        mode = "fast" if args.fast else "default"
-        return TotalSegmentatorReader(args.totalsegmentator, named_classes(args), mode, chosen)
+        return TotalSegmentatorReader(
+            args.totalsegmentator, named_classes(args), "fast" if args.fast else "default", chosen
+        )
     if args.nnunet is None:
         return BundleReader(args.bundle, args.config, overrides(args.override), chosen, weights)
     step = 0.5 if args.step_size is None else args.step_size

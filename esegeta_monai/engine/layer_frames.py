@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from esegeta_monai.engine.network.declared_axes import DeclaredAxes
 from esegeta_monai.engine.network.frames import Frame, TracedLayer, TracedLayers, assemble, module_names, trace_layers
-from esegeta_monai.engine.network.hooks import find_layer
+from esegeta_monai.engine.network.hooks import find_layer, unreadable
 from esegeta_monai.engine.network.model import out_of_memory, select_output
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.run_context import Progress, RunContext
@@ -63,6 +63,7 @@ def with_declared(layers: TracedLayers, declared: Mapping[str, str], dims: int) 
         return layers
     changed = TracedLayers(layers.names)
     changed.update(layers)
+    changed.inputs = layers.inputs
     for name, pattern in declared.items():
         traced = layers.get(name)
         if traced is None:
@@ -155,6 +156,8 @@ def frames_of(objective: Objective, layer: str) -> list[Frame]:
     if traced is None:
         raise MethodError(f"layer {layer!r} is not used in the forward pass: choose another")
     frames = [f for f in traced.frames if f is not None]
+    if traced.transform is not None:
+        raise MethodError(unreadable(layer, traced.transform))
     if len(frames) < traced.calls:
         raise MethodError(_no_map(layer, traced.shape))
     return frames

@@ -22,7 +22,7 @@ from esegeta_monai.engine.windows.resize import interpolate, line_matrix
 from esegeta_monai.errors import InputError, MethodError
 from esegeta_monai.utils.tensors import bounding_box
 
-__all__ = ["MaskedBox", "PooledActivations", "SummedGradients", "regions_of"]
+__all__ = ["MaskedBox", "PooledActivations", "RegionGradients", "SummedGradients", "regions_of"]
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class PooledActivations(Request):
         positions = tuple(values.shape[2:])
         for window, activations in zip(view.batch.windows, values):
             for number, region in enumerate(self.regions):
-                weighted = _on_positions(region, self.grid, window, plan.roi, positions)
+                weighted = _on_positions(region, self.grid, window, positions, blended=True)
                 if weighted is not None:
                     cells, weights = weighted
                     part = activations[(slice(None), *cells)].flatten(1) @ weights.to(activations).flatten()
@@ -123,11 +123,12 @@ class PooledActivations(Request):
 
 
 def _on_positions(
-    region: MaskedBox, grid: OutputGrid, window: int, roi: Sequence[int], positions: Sequence[int]
+    region: MaskedBox, grid: OutputGrid, window: int, positions: Sequence[int], *, blended: bool
 ) -> tuple[tuple[slice, ...], Tensor] | None:
-    """Return ``Uᵀ(ĝ_w m)``: the positions of the layer that a region reads in a window, and their weights, float64.
+    """Return the positions of the layer that a region reads in a window, and their weights, float64.
 
-    U is the linear interpolation from positions to the window. None: the window does not see the region.
+    Weights are ``Uᵀ(ĝ_w m)`` with ``blended``, else the share of each position in the region, ``Uᵀm / Uᵀ1``; U is the
+    linear interpolation from positions to the window. None: the window does not see the region.
     """
     inside, in_box = grid.meet(region.box, window)
     if any(s.start >= s.stop for s in inside):
@@ -135,10 +136,16 @@ def _on_positions(
     mask = region.mask[in_box]
     if not bool(mask.any()):
         return None
-    weights = grid.weight(window, inside).double()
-    weights = weights * mask.to(weights.device)
-    read = [_cells_of(part.start, part.stop, p, n) for part, n, p in zip(inside, roi, positions)]
-    return tuple(cells for cells, _ in read), interpolate(weights, [matrix for _, matrix in read])
+    weights = mask.double()
+    if blended:
+        weights = grid.weight(window, inside).double() * mask.to(grid.weight(window, inside).device)
+    read = [_cells_of(part.start, part.stop, p, n) for part, n, p in zip(inside, grid.plan.roi, positions)]
+    values = interpolate(weights, [matrix for _, matrix in read])
+    if not blended:
+        for axis, ((cells, _), n, p) in enumerate(zip(read, grid.plan.roi, positions)):
+            column = _cells_of(0, n, p, n)[1].sum(1)[cells].to(values)
+            values = values / column.reshape(-1, *(1,) * (values.ndim - 1 - axis))
+    return tuple(cells for cells, _ in read), values
 
 
 @lru_cache(maxsize=4096)
@@ -150,6 +157,46 @@ def _cells_of(start: int, stop: int, cells: int, extent: int) -> tuple[slice, Te
     matrix = line_matrix(start, stop, cells, extent, torch.float64)
     (used,) = bounding_box((matrix != 0).any(0))
     return used, matrix[:, used].T.contiguous()
+
+
+class RegionGradients(Request):
+    """Derivative of F along each channel of a layer within regions: ``Σ_w Σ_p q_w(p) ∂F/∂A_w,c(p)``.
+
+    The result is (k, R, C), float64. q is the share of a position's cell that is in the region, 0 to 1. The product
+    with a vector v is the derivative of F when q v is added to the layer's output.
+
+    Args:
+        layer: dotted name.
+        regions: R regions of the image.
+    """
+
+    summed = ("total",)
+
+    def __init__(self, layer: str, regions: Sequence[MaskedBox]) -> None:
+        self.layers, self.regions = (layer,), regions
+        self.total: Tensor | None = None
+
+    def begin(self, objective: Objective) -> None:
+        check_one_member(objective)
+        self.grid, self.total = input_grid(objective), None
+
+    def see(self, view: View) -> None:
+        for gradients in view.gradient_maps(self.layers[0]):  # (k, n, C, *positions)
+            k, _, channels = gradients.shape[:3]
+            if self.total is None:
+                self.total = torch.zeros(k, len(self.regions), channels, dtype=torch.float64)
+            for j, window in enumerate(view.batch.windows):
+                for number, region in enumerate(self.regions):
+                    shares = _on_positions(region, self.grid, window, gradients.shape[3:], blended=False)
+                    if shares is not None:
+                        cells, weights = shares
+                        part = gradients[(slice(None), j, slice(None), *cells)].flatten(2).double()
+                        self.total[:, number] += (part @ weights.to(part).flatten()).cpu()
+
+    def result(self) -> Tensor:
+        if self.total is None:
+            raise MethodError("the target sees no window, so there are no gradients")
+        return self.total
 
 
 class SummedGradients(Request):

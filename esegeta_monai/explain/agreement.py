@@ -100,8 +100,10 @@ def part_maps(
 
 
 def part_passes(method: Method, objective: Objective, kind: Kind) -> int:
-    """Return the window passes of `part_maps` for a method."""
-    return sum(method.passes(part) for _, part in parts_of(objective, _member if kind == "members" else _view))
+    """Return the window passes of `part_maps` for a method; the prediction of a part is not known beforehand."""
+    parts = [part for _, part in parts_of(objective, _member if kind == "members" else _view)]
+    reads = method.reads_image_value or not objective.linear
+    return sum(method.passes(part) + (len(part.windows) if reads else 0) for part in parts)
 
 
 def spread(maps: Sequence[Tensor], kind: Kind) -> Tensor:

@@ -1,5 +1,5 @@
-"""What tests of concepts read of a case: activations of layers over the concept's mask and over random masks of the same
-shape, and the derivative of the targets along the layers' channels."""
+"""The figures of a case that tests of concepts read: activations of layers over the concept's mask and over random
+masks of the same shape, and the derivative of the targets along the layers' channels."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from esegeta_monai.engine.default_layer import check_layer
 from esegeta_monai.engine.feature_masks import foreground
-from esegeta_monai.engine.layer_regions import MaskedBox, PooledActivations, SummedGradients
+from esegeta_monai.engine.layer_regions import MaskedBox, PooledActivations, RegionGradients, SummedGradients
 from esegeta_monai.engine.network.state import evaluating
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.sweep import Request, sweep
@@ -29,7 +29,7 @@ __all__ = ["CaseActivations", "case_activations", "objectives_of", "random_masks
 SHARE = 0.1
 """Largest difference between the shares of a mask and of a random mask that are inside the body."""
 PROBED, TRIES, DISTINCT = 4096, 100, 20
-"""Voxels of a mask that decide whether it is inside the body, draws for each random mask, and fewest different places."""
+"""Voxels of a mask that decide whether it is inside the body, draws per random mask, fewest different places."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class CaseActivations:
             without the concept.
         whole: mean activation over the body (C,).
         derivatives: derivative of each target along the channels (C,), by target; empty targets are left out.
+        local: the same within each concept's mask and its K + N random masks (1 + K + N, C), by concept and target.
         passes: window passes of the case, all layers together.
     """
 
@@ -52,6 +53,7 @@ class CaseActivations:
     random: Mapping[str, np.ndarray]
     whole: np.ndarray
     derivatives: Mapping[str, np.ndarray]
+    local: Mapping[str, Mapping[str, np.ndarray]]
     passes: int
 
 
@@ -174,10 +176,12 @@ def case_activations(
         chosen = [check_layer(objective, layer, several=True) for layer in layers]
         requests: list[Request] = [PooledActivations(layer, regions) for layer in chosen]
         requests += [SummedGradients(layer) for layer in chosen if names]
+        requests += [RegionGradients(layer, regions[1:]) for layer in chosen if names and counts]
         values = sweep(objective, requests)
     for i, layer in enumerate(chosen):
         pooled = values[i].numpy()
         along = values[len(chosen) + i].numpy() if names else np.zeros((0, pooled.shape[1]))
+        within = values[2 * len(chosen) + i].numpy() if names and counts else np.zeros((0, 0, 0))
         results.append(
             CaseActivations(
                 case,
@@ -186,6 +190,7 @@ def case_activations(
                 {name: pooled[at + 1 : at + 1 + randoms] for name, at in counts.items()},
                 pooled[0],
                 dict(zip(names, along)),
+                {n: dict(zip(names, within[:, at - 1 : at + randoms])) for n, at in counts.items()},
                 objective.context.progress.passes,
             )
         )

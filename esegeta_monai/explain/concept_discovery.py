@@ -103,7 +103,7 @@ class ConceptEffects:
     Attributes:
         case, target: their names.
         removal: ``F − F(without concept j)`` (k,), in units of the target.
-        sobol: total Sobol index of each concept (k,): its share of the variance of F when all are made weaker at random.
+        sobol: total Sobol index of each concept (k,): its share of the variance of F when all are weakened at random.
         standard_error: of the index (k,).
         passes: window passes.
     """
@@ -204,7 +204,7 @@ def find_concepts(
         direction = _direction(cases, basis[j], strength[:, j], finder, signed)
         share, mean = {}, {}
         for target in dict.fromkeys(t for c in cases for t in c.derivatives):
-            gradients = np.stack([c.derivatives[target] for c in cases if target in c.derivatives])
+            gradients = np.stack([c.derivatives[target][None] for c in cases if target in c.derivatives])
             (share[target],), (mean[target],) = (v.tolist() for v in scores(gradients, direction[None]))
         by_case = dict(zip([c.case for c in cases], np.split(strength[:, j], ends)))
         named, same = bool(reappears[j] >= SAME), float(reappears[j])

@@ -1,8 +1,8 @@
 """Testing with concept activation vectors (TCAV, Kim et al. 2018) over cases, against random concepts.
 
-The unit is the case. A concept's vector v comes from activations pooled over its masks; the derivative of F along v is
-taken at each explained case. The null hypothesis is that the concept's place means nothing: random concepts are masks of
-the same size and shape at random places of the body, in the same cases.
+The unit is the case. A concept's vector v comes from activations pooled over its masks; the derivative of F along v,
+summed over the mask, is taken at each explained case. The null hypothesis is that the concept's place means nothing:
+random concepts are masks of the same size and shape at random places of the body, in the same cases.
 """
 
 from __future__ import annotations
@@ -19,9 +19,18 @@ from esegeta_monai.explain.concept_cases import CaseActivations
 from esegeta_monai.explain.concept_vectors import ConceptExamples, concept_vector, held_out_accuracy, stability
 from esegeta_monai.utils.multiple_tests import holm_adjusted, permutation_p
 
-__all__ = ["ConceptTest", "Statistic", "examples_of_cases", "examples_of_masks", "needed_random_concepts", "tcav"]
+__all__ = [
+    "ConceptTest",
+    "Statistic",
+    "Where",
+    "examples_of_cases",
+    "examples_of_masks",
+    "needed_random_concepts",
+    "tcav",
+]
 
 Statistic = Literal["share", "mean"]
+Where = Literal["mask", "everywhere"]
 
 ACCURACY = 0.7
 """Accuracy on held-out cases below which a concept's score is not interpreted."""
@@ -37,7 +46,7 @@ class ConceptTest:
     Attributes:
         concept, layer, target: their names.
         concept_cases: number of cases with the concept.
-        explained_cases: number of cases with the target.
+        explained_cases: number of cases with the target, and the concept if ``where`` is ``"mask"``.
         score: share of the explained cases in which F rises along the concept's vector, 0 to 1; a derivative of 0
             counts one half.
         mean: mean derivative of F along the vector of length 1, in units of the target per unit of activation.
@@ -45,6 +54,7 @@ class ConceptTest:
         p_mean: ``(1 + #{|mean_r| ≥ |mean|})/(K + 1)``.
         p_holm: the p-value of the chosen statistic, adjusted by Holm over all tests of the run.
         statistic: the chosen one, ``"share"`` or ``"mean"``.
+        where: positions at which the vector is added: ``"mask"``, the concept's, or ``"everywhere"``.
         random_concepts: K.
         random_extreme: share of the random concepts with a score of 0 or 1; above α, no score can be significant.
         accuracy: of the concept's classifier on held-out cases, balanced, 0 to 1.
@@ -64,6 +74,7 @@ class ConceptTest:
     p_mean: float
     p_holm: float
     statistic: Statistic
+    where: Where
     random_concepts: int
     random_extreme: float
     accuracy: float
@@ -144,9 +155,14 @@ def tcav(
     *,
     alpha: float = 0.05,
     statistic: Statistic = "share",
+    where: Where = "mask",
     seed: int = 0,
 ) -> list[ConceptTest]:
     """Test concepts at their layers for all targets of the cases.
+
+    The derivative is that of F when the concept's vector is added to the layer's output within the concept's mask
+    (random concepts: within theirs), or everywhere, as in the publication. Concepts given by whole cases have no mask:
+    theirs is always taken everywhere.
 
     The two statistics answer different questions: ``"share"`` (Kim et al. 2018), whether F rises in more, or fewer,
     cases than along a random concept's vector; ``"mean"``, whether it changes more. Where the gradient is nearly the
@@ -158,6 +174,7 @@ def tcav(
         cases: explained cases, of all layers.
         alpha: level of the family of all tests, by Holm.
         statistic: ``"share"`` or ``"mean"``.
+        where: ``"mask"`` or ``"everywhere"``.
         seed: of folds and resamplings.
 
     Raises:
@@ -170,8 +187,16 @@ def tcav(
         vector, random = concept_vector(examples.positives, examples.negatives), examples.random_vectors()
         quality = held_out_accuracy(examples, seed), stability(examples, seed)
         for target in targets:
-            gradients = np.stack([c.derivatives[target] for c in here if target in c.derivatives])
-            rows.append(_tested(examples, target, gradients, vector, random, quality))
+            vectors = np.concatenate([vector[None], random])
+            local = [c.local[examples.name] for c in here if examples.name in c.local]
+            at_mask = where == "mask" and bool(local)
+            if at_mask:
+                gradients = [g[target][: len(vectors)] for g in local if target in g]
+            else:
+                gradients = [c.derivatives[target][None] for c in here if target in c.derivatives]
+            if gradients:
+                row = _tested(examples, target, np.stack(gradients), vectors, quality)
+                rows.append({**row, "where": "mask" if at_mask else "everywhere"})
     if not rows:
         raise UsageError("no case has a voxel of the target, so there is no derivative: give other cases or targets")
     counts = {row["random_concepts"] for row in rows}
@@ -194,14 +219,13 @@ def _tested(
     examples: ConceptExamples,
     target: str,
     gradients: np.ndarray,
-    vector: np.ndarray,
-    random: np.ndarray,
+    vectors: np.ndarray,
     quality: tuple[float, float],
 ) -> dict[str, Any]:
-    """Return the row of one test from gradients (cases, C), the vector (C,) and those of random concepts (K, C)."""
-    shares, means = scores(gradients, np.concatenate([vector[None], random]))
-    k = len(random)
+    """Return the row of one test from gradients (cases, 1 or 1 + K, C) and vectors (1 + K, C): the concept's first."""
+    shares, means = scores(gradients, vectors)
     far = np.abs(shares - 0.5)
+    k = len(vectors) - 1
     extreme = int((far[1:] >= far[0] - 1e-12).sum())
     larger = int((np.abs(means[1:]) >= abs(means[0]) * (1 - 1e-9)).sum())
     p_share, p_mean = permutation_p(np.array([extreme, larger]), k).tolist()
@@ -219,7 +243,7 @@ def _tested(
         "random_extreme": float((far[1:] >= 0.5 - 1e-12).mean()),
         "accuracy": quality[0],
         "stability": quality[1],
-        "vector": vector,
+        "vector": vectors[0],
     }
 
 
@@ -227,17 +251,18 @@ def scores(gradients: np.ndarray, vectors: np.ndarray) -> tuple[np.ndarray, np.n
     """Return for each vector the share of cases with a positive derivative, and the mean derivative.
 
     Args:
-        gradients: derivative of F along each channel (cases, C).
+        gradients: derivative of F along each channel (cases, n, C), or (cases, 1, C) for the same at all vectors.
         vectors: (n, C).
 
     Returns:
         (n,) and (n,); a derivative that is 0 to rounding counts one half of a case.
 
-    >>> scores(np.array([[1.0, 0.0], [2.0, 0.0]]), np.array([[1.0, 0.0], [0.0, 1.0]]))
+    >>> scores(np.array([[[1.0, 0.0]], [[2.0, 0.0]]]), np.array([[1.0, 0.0], [0.0, 1.0]]))
     (array([1. , 0.5]), array([1.5, 0. ]))
     """
-    along = gradients @ vectors.T
-    zero = np.abs(along) <= ROUNDING * np.outer(np.linalg.norm(gradients, axis=1), np.linalg.norm(vectors, axis=1))
+    along = (gradients * vectors).sum(-1)
+    lengths = np.linalg.norm(gradients, axis=-1) * np.linalg.norm(vectors, axis=-1)
+    zero = np.abs(along) <= ROUNDING * lengths
     return np.where(zero, 0.5, along > 0).mean(0), np.where(zero, 0, along).mean(0)
 
 

@@ -1,4 +1,4 @@
-"""Pooled activations against MONAI's own inferer on the layer, and derivatives along channels against the whole volume."""
+"""Pooled activations against MONAI's inferer on the layer, derivatives along channels against the whole volume."""
 
 from __future__ import annotations
 
@@ -8,7 +8,13 @@ import torch.nn.functional as F
 from monai.inferers import SlidingWindowInferer
 from torch import Tensor, nn
 
-from esegeta_monai.engine.layer_regions import MaskedBox, PooledActivations, SummedGradients, regions_of
+from esegeta_monai.engine.layer_regions import (
+    MaskedBox,
+    PooledActivations,
+    RegionGradients,
+    SummedGradients,
+    regions_of,
+)
 from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.sweep import Request, sweep
@@ -72,13 +78,45 @@ def naive_map(net: nn.Module, image: Tensor, inferer: object, layer: str) -> Ten
         return as_inferer(inferer)(image[None], activations)[0]
 
 
-def naive_derivative(net: nn.Module, objective: Objective, inferer: object, layer: str, vector: Tensor) -> Tensor:
-    """dF/dt where t · vector is added to the layer's output everywhere, by autograd through MONAI's whole inferer."""
+def naive_derivative(
+    net: nn.Module, objective: Objective, inferer: object, layer: str, vector: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """dF/dt where t · vector is added to the layer's output, by autograd through MONAI's whole inferer.
+
+    With a mask (*spatial), the vector is multiplied by the share of each position in it; the mask is cut to the windows
+    as a second image.
+    """
     t = torch.zeros((), dtype=DOUBLE, requires_grad=True)
     along = vector.reshape(-1, *(1,) * (objective.image.ndim - 1))
+    if mask is not None:
+        return masked_derivative(net, objective, inferer, layer, along, mask, t)
     handle = net.get_submodule(layer).register_forward_hook(lambda m, i, o: o + t * along)
     prediction = as_inferer(inferer)(objective.image[None], lambda x: net(x).clone())[0]
     handle.remove()
+    (score,) = objective.scores
+    return torch.autograd.grad(score.value(score.crop(prediction)), t)[0]
+
+
+def masked_derivative(
+    net: nn.Module, objective: Objective, inferer: object, layer: str, along: Tensor, mask: Tensor, t: Tensor
+) -> Tensor:
+    channels = len(objective.image)
+    image = torch.cat([objective.image, mask[None].double()])
+
+    def model(x: Tensor) -> Tensor:
+        def edit(m: nn.Module, i: object, o: Tensor) -> Tensor:
+            ones = torch.ones(1, 1, *o.shape[2:], dtype=DOUBLE, requires_grad=True)
+            up = F.interpolate(ones.expand(len(o), 1, *o.shape[2:]), size=x.shape[2:], mode=UP[x.ndim - 2])
+            q = [torch.autograd.grad(u, ones, x[j, channels:], retain_graph=True)[0] for j, u in enumerate(up)]
+            (whole,) = torch.autograd.grad(up[0].sum(), ones)
+            return o + t * torch.cat(q) / whole * along
+
+        handle = net.get_submodule(layer).register_forward_hook(edit)
+        out = net(x[:, :channels]).clone()
+        handle.remove()
+        return out
+
+    prediction = as_inferer(inferer)(image[None], model)[0]
     (score,) = objective.scores
     return torch.autograd.grad(score.value(score.crop(prediction)), t)[0]
 
@@ -102,11 +140,12 @@ def test_equal_the_naive_computation_on_the_whole_volume(kind, dims):
     objective = objective_of(net, image, [target], inferer)
     masks, vector = regions(tuple(image.shape[1:])), noise(5, seed=9)
     boxes = [MaskedBox.of(m) for m in masks]
-    pooled, parts, along = swept(
+    pooled, parts, along, within = swept(
         objective,
         PooledActivations("layer", boxes),
         PooledActivations("layer", boxes, parts=True),
         SummedGradients("layer"),
+        RegionGradients("layer", boxes),
     )
     whole = naive_map(net, image, inferer, "layer")
     close(pooled, torch.stack([whole[:, m].mean(1) for m in masks]))
@@ -115,6 +154,8 @@ def test_equal_the_naive_computation_on_the_whole_volume(kind, dims):
     assert bool((parts[0] > 0).all())  # both signs occur in the whole image
     naive = naive_derivative(net, objective, inferer, "layer", vector)
     assert float(along[0] @ vector) == pytest.approx(float(naive), rel=1e-10)
+    inside = [naive_derivative(net, objective, inferer, "layer", vector, m) for m in masks]
+    close(within[0] @ vector, torch.stack(inside))
 
 
 @pytest.mark.parametrize("name", ["UNet_batch", "SegResNet"])

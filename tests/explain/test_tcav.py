@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from functools import lru_cache
 
 import numpy as np
 import pytest
@@ -27,11 +28,12 @@ IDS = ["2D classification", "2D segmentation", "3D classification", "3D segmenta
 
 
 @pytest.mark.parametrize(("dims", "pooled"), SETTINGS, ids=IDS)
-def test_the_used_object_is_found_and_the_ignored_one_is_not(dims, pooled):
-    cases = activations(dims, pooled, 16, 104)
+@pytest.mark.parametrize("where", ["mask", "everywhere"])
+def test_the_used_object_is_found_and_the_ignored_one_is_not(dims, pooled, where):
+    cases = activations(dims, pooled, 16, 104, where)
     concepts = [examples_of_masks(cases, name, 100) for name in ("used", "ignored")]
     for statistic in ("share", "mean"):
-        used, ignored = tcav(concepts, cases, statistic=statistic)
+        used, ignored = tcav(concepts, cases, statistic=statistic, where=where)
         assert (used.verdict, ignored.verdict) == ("significant", "not significant")
         assert used.score == 1
         assert used.p_holm <= 0.04
@@ -42,49 +44,57 @@ def test_the_used_object_is_found_and_the_ignored_one_is_not(dims, pooled):
     assert np.abs(ignored.vector).argmax() == 1
 
 
-def runs(cases, statistic: str, n: int, k: int = 100):
+def runs(cases, statistic: str, where: str, n: int, k: int = 100):
     """p-values of random concepts in place of a real one, each with K others: n families, K drawn of a large pool."""
     rng, values = np.random.default_rng(0), []
     pool = len(cases[0].random["used"])
     for _ in range(n):
         drawn = rng.permutation(pool)[: k + 5]
         fake = [
-            replace(c, pooled={"used": c.random["used"][drawn[0]]}, random={"used": c.random["used"][drawn[1:]]})
+            replace(
+                c,
+                pooled={"used": c.random["used"][drawn[0]]},
+                random={"used": c.random["used"][drawn[1:]]},
+                local={"used": {t: g[1 + drawn] for t, g in c.local["used"].items()}},
+            )
             for c in cases
         ]
-        (test,) = tcav([examples_of_masks(fake, "used", k)], cases, statistic=statistic)
+        (test,) = tcav([examples_of_masks(fake, "used", k)], fake, statistic=statistic, where=where)
         values.append(test.p_share if statistic == "share" else test.p_mean)
     return np.array(values)
+
+
+@lru_cache(maxsize=1)
+def many_random(dims: int, pooled: bool, where: str):
+    return activations(dims, pooled, 10, 1500, where)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dims", "pooled"), SETTINGS, ids=IDS)
 @pytest.mark.parametrize("statistic", ["share", "mean"])
-def test_random_concepts_are_significant_as_often_as_stated(dims, pooled, statistic):
-    """200 runs, each with its own random concept and null (drawn independently by case), at α = 0.05 and 0.2."""
-    cases = activations(dims, pooled, 10, 1500)
-    rng = np.random.default_rng(1)
-    for c in cases:  # places are independent between cases: so are the pairs of rows
-        for rows in c.random.values():
-            rng.shuffle(rows)
-    p = runs(cases, statistic, 200)
+@pytest.mark.parametrize("where", ["mask", "everywhere"])
+def test_random_concepts_are_significant_as_often_as_stated(dims, pooled, statistic, where):
+    """200 runs, each with its own random concept and null, of places that are independent between cases."""
+    cases = many_random(dims, pooled, where)
+    p = runs(cases, statistic, where, 200)
     for alpha in (0.05, 0.2):
         assert (p <= alpha).mean() <= alpha + 2 * math.sqrt(alpha * (1 - alpha) / 200)
-    assert (p <= 0.5).mean() > 0.3  # the test is not merely blind
+    if statistic == "mean":
+        assert (p <= 0.5).mean() > 0.4  # it is not merely blind; shares have ties
 
 
 def test_the_share_is_blind_where_the_gradient_is_the_same_in_all_cases():
     cases = activations(2, True, 12, 104)
     (gradient,) = cases[0].derivatives.values()
     same = [replace(c, derivatives={"t": gradient}) for c in cases]
-    (test,) = tcav([examples_of_masks(same, "used", 100)], same)
+    (test,) = tcav([examples_of_masks(same, "used", 100)], same, where="everywhere")
     assert test.random_extreme == 1
     assert test.p_share == 1
 
 
 def test_a_concept_orthogonal_to_the_gradient_has_a_score_of_one_half():
     """With the usual sign count a derivative of 0 would give a score of 0, the most extreme one."""
-    share, mean = scores(np.array([[1.0, 0.0], [3.0, 0.0]]), np.array([[0.0, 1.0], [1.0, 0.0], [1e-9, 1.0]]))
+    share, mean = scores(np.array([[[1.0, 0.0]], [[3.0, 0.0]]]), np.array([[0.0, 1.0], [1.0, 0.0], [1e-9, 1.0]]))
     assert share.tolist() == [0.5, 1.0, 0.5]
     assert mean.tolist() == [0.0, 2.0, 0.0]
 
@@ -118,7 +128,7 @@ def test_accuracy_is_measured_on_cases_that_the_classifier_has_not_seen():
 
 def test_a_vector_points_to_the_concept_whatever_the_units():
     rng = np.random.default_rng(0)
-    without, with_it = rng.normal(size=(30, 6)), rng.normal(size=(30, 6)) + [2, 0, 0, 0, 0, 0]
+    without, with_it = rng.normal(size=(30, 6)), rng.normal(size=(30, 6)) + 2 * np.eye(6)[0]
     vector = concept_vector(with_it, without)
     assert vector[0] > 0.9
     assert np.linalg.norm(vector) == pytest.approx(1)

@@ -71,6 +71,33 @@ def _computed_again(folder: Path) -> str:
     return "the map is as before"
 
 
+def _odd_records(folder: Path) -> str:
+    """Records that are JSON, but none of ours: left out or named by all commands; and the work can be done again."""
+    sidecar, _ = study(folder)
+    odd = [1, "x", None, {"case": 5}, {"case": "mine", "target": [], "method": {}}, {"status": 3}]
+    out = folder / "out"
+    (out / "run.json").write_text(json.dumps({"results": odd, "summary": []}))
+    lines = [b'{"case": 1}', b"[]", b"null", b'{"case": "\xff"}', b'{"case":', b"\0" * 100]
+    lines.append(b'{"case": "gone", "target": "t", "method": "M", "status": "?", "map": "../../x_attr.nii.gz"}')
+    with open(out / "run.jsonl", "ab") as file:
+        file.write(b"\n".join([b"", *lines, b""]))
+    report = command("report", out)
+    assert (report.code, report.traceback) == (0, False), report.err
+    for words in (["merge-runs", out], ["merge-runs", folder / "joined", out]):
+        done = command(*words)
+        assert (done.code, done.traceback) == (0, False), done.err
+    assert statuses(folder / "joined").items() >= {("mine", "MultiClassMask-grey matter", "Saliency"): "ok"}.items()
+    sidecar.write_text("[]")
+    report = command("report", out)
+    assert report.code == 1
+    assert "is no record of a map" in report.errors[0], report.err
+    words = ["--bundle", folder / "bundle", "--input", folder / "mine.nii.gz", "--methods", "Saliency"]
+    again = command("explain", *words, "--target", TARGET, "--output", out)
+    assert again.code == 0, again.err
+    assert command("report", out).code == 0
+    return report.errors[0][-140:]
+
+
 def _leads(make: Callable[[Path, Path, Path], str], text: str) -> Callable[[Path], str]:
     def check(folder: Path) -> str:
         sidecar, path = study(folder)
@@ -139,6 +166,7 @@ def _unlisted(folder: Path) -> None:
 ROWS = [
     Row(GROUP, "one voxel of a map altered", _voxel),
     Row(GROUP, "an altered map is computed again", _computed_again),
+    Row(GROUP, "run.json, journal and sidecar are JSON of another kind", _odd_records),
     Row(GROUP, "sidecar names ../", _leads(lambda f, p, o: f"../../elsewhere/other/{o.name}", "only files beside it")),
     Row(GROUP, "sidecar names an absolute path", _leads(lambda f, p, o: str(o), "only files beside it"), slow=True),
     Row(GROUP, "map is a link to another folder", _leads(_link, "is a link to another folder")),

@@ -108,8 +108,14 @@ def model_folder(
     dataset: str = "Dataset001_Tiny",
     trainer: str = "nnUNetTrainer",
     seed: int = 0,
+    favoured: int | None = None,
 ) -> Path:
-    """Write a model folder with random weights and return it; ``changes`` are those of the configuration."""
+    """Write a model folder with random weights and return it.
+
+    Args:
+        changes: those of the configuration.
+        favoured: a channel whose logits are raised, so that it is predicted in many voxels.
+    """
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
@@ -140,6 +146,8 @@ def model_folder(
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
+            if favoured is not None:
+                network.decoder.seg_layers[-1].bias[favoured] += 1.0
         checkpoint = {
             "network_weights": network.state_dict(),
             "optimizer_state": {},

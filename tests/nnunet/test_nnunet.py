@@ -21,9 +21,9 @@ from esegeta_monai import Explainer
 from esegeta_monai.bundle.nnunet import PROPERTIES, NnunetReader, is_nnunet_folder
 from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.cli.main import main
+from esegeta_monai.engine.baselines import gaussian_blur
 from esegeta_monai.errors import NetworkError, UsageError
 from esegeta_monai.explain.ensemble import EnsembleInferer
-from esegeta_monai.engine.baselines import gaussian_blur
 from esegeta_monai.files.scans import read_scan
 from esegeta_monai.methods import Occlusion, VanillaBackprop
 from esegeta_monai.targets import MultiClassMask

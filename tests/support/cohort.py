@@ -42,6 +42,8 @@ def write_run(
             mask = own / f"{safe_name(case)}_{safe_name(TARGET)}_mask.nii.gz"
             nib.save(nib.Nifti1Image(masks[case].astype(np.uint8), affine), mask)
             record |= {"display": {"mask": mask.name}, "target_voxels": int(masks[case].sum())}
+        else:
+            record |= {"predicted_class": 1}
         record |= dict((records or {}).get(case, {}))
         (own / f"{stem}.json").write_text(json.dumps(record), encoding="utf-8")
         relative = path.relative_to(folder).as_posix()

@@ -24,10 +24,12 @@ class UsesOne(nn.Module):
     The derivative along a texture channel has the sign of its mean in the case, so that it differs between cases.
     """
 
-    def __init__(self, dims: int, pooled: bool) -> None:
+    def __init__(self, dims: int, pooled: bool, where: str) -> None:
         super().__init__()
         self.layer = CONV[dims](3, 2 + CONTEXT, 3, padding=1, bias=False)
-        self.pooled, self.texture = pooled, 2 * SIZE[dims] ** (dims / 2)
+        self.pooled = pooled
+        # means of texture over n voxels are about 1/√n: at the object, or in the whole image
+        self.texture = 3 ** (dims / 2) if where == "mask" else 2 * SIZE[dims] ** (dims / 2)
         with torch.no_grad():
             self.layer.weight[:2] = 0
             self.layer.weight[2:, :2] = 0
@@ -42,9 +44,9 @@ class UsesOne(nn.Module):
         return out.flatten(2).mean(2) if self.pooled else out
 
 
-def build(dims: int, pooled: bool) -> tuple[Explainer, Target]:
+def build(dims: int, pooled: bool, where: str) -> tuple[Explainer, Target]:
     torch.manual_seed(10 * dims + pooled)
-    net = UsesOne(dims, pooled).double().eval()
+    net = UsesOne(dims, pooled, where).double().eval()
     if pooled:
         return Explainer(net, checks=False, seed=1), ClassScore(1)
     roi = (SIZE[dims],) * (dims - 1) + (10,)
@@ -52,8 +54,8 @@ def build(dims: int, pooled: bool) -> tuple[Explainer, Target]:
 
 
 def case(dims: int, number: int) -> tuple[MetaTensor, dict[str, Tensor]]:
-    """Noise with a used object in input channel 0 and an ignored one in input channel 1, both at random places; texture is
-    in input channel 2."""
+    """Noise with a used object in input channel 0 and an ignored one in input channel 1, both at random places;
+    texture is in input channel 2."""
     generator = torch.Generator().manual_seed(number)
     shape = (SIZE[dims],) * dims
     x = torch.randn(3, *shape, generator=generator, dtype=DOUBLE)
@@ -67,8 +69,8 @@ def case(dims: int, number: int) -> tuple[MetaTensor, dict[str, Tensor]]:
     return MetaTensor(x[None], affine=torch.eye(4, dtype=DOUBLE)), masks
 
 
-def activations(dims: int, pooled: bool, cases: int, randoms: int) -> list[CaseActivations]:
-    explainer, target = build(dims, pooled)
+def activations(dims: int, pooled: bool, cases: int, randoms: int, where: str = "everywhere") -> list[CaseActivations]:
+    explainer, target = build(dims, pooled, where)
     results = []
     for number in range(cases):
         image, masks = case(dims, number)
@@ -84,7 +86,7 @@ WEIGHTS = [3.0, 1.0, 0.0, -2.0]
 
 
 class Ordered(nn.Module):
-    """Four channels of ``layer`` see one object each, its score rises or falls by `WEIGHTS`, with saturation between."""
+    """Four channels of ``layer`` see one object each; the score rises or falls with them by `WEIGHTS` and saturates."""
 
     def __init__(self, dims: int, pooled: bool) -> None:
         super().__init__()

@@ -154,7 +154,7 @@ class TotalSegmentatorReader(NnunetReader):
             if number != self.part.number:
                 self._of(number).segment(file, out)
                 return
-            if not np.array_equal(np.asarray(nib.load(file).dataobj), scan.resampled):
+            if not np.array_equal(_values(file), scan.resampled):
                 raise NetworkError("TotalSegmentator prepared another image than for the network: predict again")
             own.append(super(TotalSegmentatorReader, self).predict(image, data, out))
 
@@ -223,15 +223,15 @@ class _Preprocessd(NnunetPreprocessd):
         super().__init__(keys, reader.model)
         self.reader = reader
 
-    def _preprocess(self, files: list[str]) -> tuple[MetaTensor, dict[str, Any]]:
+    def _preprocess(self, files: list[str], scan: MetaTensor | None = None) -> tuple[MetaTensor, dict[str, Any]]:
         if len(files) != 1 or not files[0].endswith((".nii", ".nii.gz")):
             raise InputError("TotalSegmentator reads one NIfTI file (.nii or .nii.gz): convert the scan first")
         task, device = self.reader.total_task, self.reader.device
-        image = nib.load(files[0])
+        image: Any = nib.load(files[0])
         if len(image.shape) != 3:
             raise InputError(f"{Path(files[0]).name} has the shape {tuple(image.shape)}; give a 3D scan")
         crop = _crop(task, image, device)
-        way: Any = read_scan(files[0])[:1].clone()
+        way: Any = (read_scan(files[0]) if scan is None else scan)[:1].clone()
         box = tuple(slice(0, n) for n in image.shape)
         if crop is not None:
             box = _box(image, crop)
@@ -243,11 +243,11 @@ class _Preprocessd(NnunetPreprocessd):
 
             def keep(_: int, file: Path, __: Path) -> None:
                 shutil.move(file, kept)
-                raise _Prepared
+                raise _PreparedError
 
-            with contextlib.suppress(_Prepared):
+            with contextlib.suppress(_PreparedError):
                 _run(task, image, crop, device, task.step, keep)
-            resampled = np.asarray(nib.load(kept).dataobj)
+            resampled = _values(kept)
             if resampled.shape != shape:
                 # ndimage.zoom keeps the centres of the outermost voxels
                 way = Resize(resampled.shape, mode="trilinear", align_corners=True)(way)
@@ -255,8 +255,8 @@ class _Preprocessd(NnunetPreprocessd):
         return values, {**more, SCAN: _Scan(image, crop, box, shape, resampled)}
 
 
-class _Prepared(Exception):
-    """The scan is prepared."""
+class _PreparedError(Exception):
+    """The scan is prepared, and its file moved: TotalSegmentator need not go on."""
 
 
 def _run(
@@ -345,6 +345,11 @@ def _crop(task: TotalSegmentatorTask, image: Any, device: torch.device) -> _Crop
     return _Crop(mask, margin, None if outside is None else structures(outside))
 
 
+def _values(file: Path) -> np.ndarray:
+    image: Any = nib.load(file)
+    return np.asarray(image.dataobj)
+
+
 def _box(image: Any, crop: _Crop) -> tuple[slice, ...]:
     cut = totalsegmentator_module("totalsegmentator.nnunet").crop_to_mask
     _, edges = cut(nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine), crop.mask, addon=crop.margin)
@@ -358,5 +363,5 @@ def _nearest(before: Sequence[int], after: Sequence[int], axis: int, resample: A
         return torch.eye(n, dtype=torch.float64)
     change = totalsegmentator_module("totalsegmentator.nnunet").change_spacing
     places = nib.Nifti1Image(np.arange(n, dtype=np.float64).reshape(n, 1, 1), np.eye(4))
-    read = change(places, [1.0, 1.0, 1.0], (m, 1, 1), order=0, dtype=np.int64).get_fdata().reshape(m)
+    read = change(places, [1.0, 1.0, 1.0], (m, 1, 1), order=0, dtype=np.int32).get_fdata().reshape(m)
     return torch.nn.functional.one_hot(torch.as_tensor(read).long(), n).double()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from esegeta_monai.engine.network.axes import ROWS, Axis, Part
 from esegeta_monai.engine.network.frames import Frame, TracedLayer
@@ -127,7 +128,7 @@ class DeclaredAxes:
                     f"{_words(frame)}, but the network's own operations show {_words(known)}: omit them"
                 )
         frames: list[Frame | None] = [known or frame for known in traced.frames]
-        return TracedLayer(traced.name, traced.kind, traced.shape, frames, traced.sequential)
+        return replace(traced, frames=frames)
 
 
 def _words(frame: Frame) -> str:

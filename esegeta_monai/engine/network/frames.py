@@ -21,6 +21,7 @@ from esegeta_monai.engine.network.axis_trace import AxisTrace, tensors_in
 from esegeta_monai.engine.network.hooks import INPUT, LayerCall, first_tensor_or_none, on_output
 from esegeta_monai.engine.network.model import out_of_memory
 from esegeta_monai.errors import EsegetaError
+from esegeta_monai.utils.upstream import active_transform
 
 __all__ = ["Frame", "TracedLayer", "TracedLayers", "assemble", "module_names", "trace_layers"]
 
@@ -191,6 +192,7 @@ class TracedLayer:
         kind: class of the module.
         shape: shape of its last output, without batch; None: no tensor.
         frames: the frame of each call; None: it is no map, or not known to be one.
+        transform: the transform of ``torch.func`` that it runs inside, such as vmap; None: there is none.
         sequential: True: a call reads what an earlier call has computed, so that the calls are steps of one
             computation, not views of the window.
     """
@@ -200,6 +202,7 @@ class TracedLayer:
     shape: tuple[int, ...] | None = None
     frames: list[Frame | None] = field(default_factory=list)
     sequential: bool = False
+    transform: str | None = None
 
     @property
     def calls(self) -> int:
@@ -284,6 +287,7 @@ def trace_layers(
         table = layers.inputs if at_input else layers
         layer = table.pop(call.name, None) or TracedLayer(call.name, type(call.module).__name__)
         table[call.name] = layer
+        layer.transform = active_transform()
         value = first_tensor_or_none(select(call.output) if call.name == "" else call.output)
         layer.shape = None if value is None or not value.ndim else tuple(value.shape[1:])
         label = None if value is None else trace.label(value)

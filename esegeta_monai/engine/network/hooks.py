@@ -155,6 +155,14 @@ def first_tensor_or_none(output: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def unreadable(layer: str, transform: str) -> str:
+    """Return the reason why a layer cannot be read that runs inside a transform of ``torch.func``."""
+    return (
+        f"layer {layer!r} runs inside torch.func.{transform}, where its output cannot be read: choose a layer "
+        "outside it, or a gradient or perturbation method that reads no layer"
+    )
+
+
 def first_tensor(layer: str, output: Any) -> Tensor:
     """Return a layer's output, of any shape, or the first of several outputs.
 
@@ -163,10 +171,7 @@ def first_tensor(layer: str, output: Any) -> Tensor:
     """
     transform = active_transform()
     if transform is not None:
-        raise NetworkError(
-            f"layer {layer!r} runs inside torch.func.{transform}, where its output cannot be read: choose a layer "
-            "outside it, or a gradient or perturbation method that reads no layer"
-        )
+        raise NetworkError(unreadable(layer, transform))
     value = first_tensor_or_none(output)
     if value is None and layer.endswith(INPUT) and output is None:
         raise NetworkError(f"layer {layer!r} takes no input by position: choose the output of the layer before it")

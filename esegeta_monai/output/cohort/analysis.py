@@ -13,7 +13,6 @@ import numpy as np
 from esegeta_monai.errors import EsegetaError, UsageError
 from esegeta_monai.output.cohort.cells import Cells, cells_for, pooled
 from esegeta_monai.output.cohort.clusters import (
-    FAR,
     Association,
     Clusters,
     associations,

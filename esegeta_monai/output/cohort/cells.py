@@ -51,7 +51,7 @@ def cells_for(volumes: Sequence[Volume], extent: float | None = None) -> Cells:
 
 
 def pooled(shares: np.ndarray, affine: np.ndarray, centre: np.ndarray, cells: Cells) -> np.ndarray:
-    """Sum a map over cells around a centre.
+    """Add up the values of a map in the cells around a centre.
 
     Args:
         shares: (x, y, z).

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from scipy.fft import rfftn
 from scipy.spatial.distance import cdist
 from scipy.stats import chi2_contingency, kruskal
 from sklearn.cluster import KMeans
@@ -31,7 +32,7 @@ LEAST_CASES = 30
 """Cases below which maps are embedded and not clustered."""
 MOST_CLUSTERS = 10
 COPIES = 200
-RESAMPLES = 100
+RESAMPLES = 50
 LEVEL = 0.05
 FAR = 3.5
 """Modified z-score above which a case is an outlier (Iglewicz & Hoaglin 1993)."""
@@ -88,15 +89,19 @@ def similarity(maps: np.ndarray) -> np.ndarray:
     return result + 0.0
 
 
-def affinity(maps: np.ndarray, neighbours: int = NEIGHBOURS) -> np.ndarray:
+def affinity(maps: np.ndarray) -> np.ndarray:
     """Return the symmetric nearest-neighbour graph of maps: (n, …) to (n, n), 1 for mutual neighbours, else ½ or 0.
 
     Equally distant neighbours all count, so that the order of cases does not matter.
     """
     rows = maps.reshape(len(maps), -1)
-    distance = cdist(rows, rows)
+    return _neighbours(cdist(rows, rows))
+
+
+def _neighbours(distance: np.ndarray) -> np.ndarray:
+    """Return the graph of `affinity` from distances (n, n)."""
     np.fill_diagonal(distance, np.inf)
-    k = min(neighbours, len(rows) - 1)
+    k = min(NEIGHBOURS, len(distance) - 1)
     limit = np.partition(distance, k - 1, axis=1)[:, k - 1 : k]
     near = (distance <= limit).astype(np.float64)
     result: np.ndarray = (near + near.T) / 2
@@ -110,13 +115,36 @@ def spectrum(graph: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values, vectors
 
 
-def phase_randomised(maps: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """Return maps with the same amplitudes of all spatial frequencies and random phases: (n, x, y, z) to the same."""
-    axes = tuple(range(1, maps.ndim))
-    noise = np.fft.rfftn(random.standard_normal(maps.shape), axes=axes)
-    noise /= np.maximum(np.abs(noise), 1e-300)
-    result: np.ndarray = np.fft.irfftn(np.abs(np.fft.rfftn(maps, axes=axes)) * noise, s=maps.shape[1:], axes=axes)
+def amplitudes(maps: np.ndarray) -> np.ndarray:
+    """Return the amplitudes of the spatial frequencies of maps (n, x, y, z), of the half that a real transform has.
+
+    They are scaled so that their squares add up to the sum of the squared values.
+    """
+    last = maps.shape[-1]
+    weight = np.full(last // 2 + 1, 2.0)  # the other half has the same amplitudes
+    weight[0] = 1.0
+    if last % 2 == 0:
+        weight[-1] = 1.0
+    result: np.ndarray = np.abs(rfftn(maps, axes=(1, 2, 3))) * np.sqrt(weight / np.prod(maps.shape[1:]))
     return result
+
+
+def phase_randomised(maps: np.ndarray, amplitude: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    """Return maps with the same amplitudes of all spatial frequencies and random phases.
+
+    Args:
+        maps: (n, x, y, z).
+        amplitude: from `amplitudes`.
+        random: source of the phases.
+
+    Returns:
+        Coefficients (n, m), real: rows have the distances of the randomised maps, since the Fourier transform keeps
+        distances.
+    """
+    noise = rfftn(random.standard_normal(maps.shape), axes=(1, 2, 3))  # of real noise, so that the copy is real
+    spectra = noise * (amplitude / np.maximum(np.abs(noise), 1e-300))
+    rows = spectra.reshape(len(maps), -1)
+    return np.concatenate([rows.real, rows.imag], 1)
 
 
 def cluster_maps(
@@ -142,10 +170,8 @@ def cluster_maps(
     rows = rows / np.maximum(np.abs(rows).sum(tuple(range(1, rows.ndim)), keepdims=True), 1e-300)
     values, vectors = spectrum(affinity(rows))
     gaps = np.diff(values)[:MOST_CLUSTERS]
-    random = np.random.default_rng(seed)
-    null = np.stack(
-        [np.diff(spectrum(affinity(phase_randomised(rows, random)))[0])[:MOST_CLUSTERS] for _ in range(copies)]
-    )
+    random, amplitude = np.random.default_rng(seed), amplitudes(rows)
+    null = np.stack([_gaps_of_copy(rows, amplitude, random) for _ in range(copies)])
     p = permutation_p((null[:, 1:].max(1)[:, None] >= gaps[None, 1:]).sum(0), copies)
     figures = {"gaps": gaps.tolist(), "null": np.quantile(null, 0.95, axis=0).tolist(), "p": p.tolist()}
     if not (p <= level).any():
@@ -157,17 +183,26 @@ def cluster_maps(
     agreement = []
     for _ in range(resamples):
         drawn = np.unique(random.integers(0, n, n))
-        again = _k_means(spectrum(affinity(rows[drawn]))[1], k)
+        again = _k_means(spectrum(affinity(rows[drawn]))[1], k, starts=3)
         agreement.append(float(adjusted_rand_score(labels[drawn], again)))
     back = np.empty(n, dtype=np.int64)
     back[order] = labels
     return Clusters(back, "", **figures, stability=float(np.mean(agreement)))
 
 
-def _k_means(vectors: np.ndarray, k: int) -> np.ndarray:
+def _gaps_of_copy(rows: np.ndarray, amplitude: np.ndarray, random: np.random.Generator) -> np.ndarray:
+    copy = phase_randomised(rows, amplitude, random)
+    products = copy @ copy.T
+    square = np.diag(products)
+    graph = _neighbours(square[:, None] + square[None] - 2 * products)  # squares have the same neighbours
+    result: np.ndarray = np.diff(spectrum(graph)[0])[:MOST_CLUSTERS]
+    return result
+
+
+def _k_means(vectors: np.ndarray, k: int, starts: int = 20) -> np.ndarray:
     rows = vectors[:, :k]
     rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
-    labels: np.ndarray = KMeans(k, n_init=20, random_state=0).fit_predict(rows)
+    labels: np.ndarray = KMeans(k, n_init=starts, random_state=0).fit_predict(rows)
     return labels
 
 

@@ -99,12 +99,14 @@ def open_map(path: Path) -> Volume:
 
 
 def centroid(one: CohortMap, volume: Volume) -> np.ndarray:
-    """Return the centroid of the target in RAS mm (3,); without a mask the target is the whole image.
+    """Return the centroid of the target in RAS mm (3,); that of a class score is the centre of the image.
 
     Raises:
         InputError: the mask is missing, or on another grid than the map.
     """
-    if one.result.mask is None and one.result.record.target_voxels is not None:
+    record = one.result.record
+    whole = record.predicted_class is not None if record.display is None else record.display.get("mask") is None
+    if one.result.mask is None and not whole:
         raise InputError(
             "the mask of its target is missing, so maps cannot be compared around it: explain with pictures, or give "
             "--space and --transforms"

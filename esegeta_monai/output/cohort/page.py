@@ -12,8 +12,8 @@ import numpy as np
 from esegeta_monai.errors import UsageError
 from esegeta_monai.files.maps import save_map
 from esegeta_monai.files.privacy import private
-from esegeta_monai.output.cohort.analysis import FAR, Cohort, FamilyResult
-from esegeta_monai.output.cohort.clusters import LEAST_CASES
+from esegeta_monai.output.cohort.analysis import Cohort, FamilyResult
+from esegeta_monai.output.cohort.clusters import FAR, LEAST_CASES
 from esegeta_monai.output.cohort.maps import map_hash
 from esegeta_monai.output.cohort.pictures import HEIGHT, WIDTH, Dot, dots, matrix_picture, similarity_order, slices
 from esegeta_monai.output.report.render import read_text, render

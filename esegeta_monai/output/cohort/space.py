@@ -72,7 +72,7 @@ def given_transforms(given: Sequence[str], cases: Sequence[str]) -> dict[str, li
 
     Args:
         given: ``identity``, folders, and ``CASE=FILE[,FILE]``.
-        cases: names of all cases. In a folder a file belongs to the case with the longest name that it begins with.
+        cases: names of all cases. In a folder, each file belongs to the case with the longest name that it begins with.
 
     Raises:
         UsageError: a word is none of these, or the files of a case are ambiguous.

@@ -200,7 +200,9 @@ def _with_itk(path: Path) -> PointTransform:
 
 
 def _flat(path: Path, one: Any) -> list[PointTransform]:
-    name = one.GetNameOfClass()
+    import itk
+
+    name, one = one.GetNameOfClass(), itk.down_cast(one)
     if name == "CompositeTransform":
         return [p for k in range(one.GetNumberOfTransforms()) for p in _flat(path, one.GetNthTransform(k))]
     if name == "IdentityTransform":

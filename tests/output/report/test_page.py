@@ -338,13 +338,10 @@ def test_one_table_has_every_case_target_method_region_and_metric(folder: Path) 
     write_report(folder)
     with open(folder / "results.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert {row["case"] for row in rows} == {"sub-01", "'<img src onerror>", "<img src onerror>"} & {
-        r["case"] for r in rows
-    }
-    assert len({row["case"] for row in rows}) == 2
+    assert {row["case"] for row in rows} == {"sub-01", "<img src onerror>"}
     one = [r for r in rows if (r["case"], r["target"], r["method"]) == ("sub-01", GREY, "Saliency")]
     (gini,) = [r for r in one if r["metric"] == "gini"]
-    assert (float(gini["value"]), gini["beats_controls"], gini["region"]) == (0.2, "False", "")
+    assert (float(gini["value"]), gini["beats_controls"], gini["region"]) == (0.2, "false", "")
     shares = {r["region"]: float(r["value"]) for r in one if r["metric"].endswith("share_of_abs")}
     assert shares == {"cortex <left>": 0.35, "outside of the body": 0.65}
     keys = [tuple(r[k] for k in ("case", "target", "method", "region", "metric")) for r in rows]
