@@ -62,8 +62,8 @@ def part_entry(concept: FoundConcept, unit: CaseUnits, image: MetaTensor, output
         painted[None],
         signed=False,
         case=unit.case,
-        method=f"concept {concept.number} of {unit.layer}",
-        target="",
+        method=f"concept {concept.number}",
+        target=unit.layer,
         units="strength",
     )
     picture = "data:image/png;base64," + base64.b64encode((output / name).read_bytes()).decode()
