@@ -88,7 +88,7 @@ test-peers: $(PEERS)/.ready
 $(NNUNET)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv $(NNUNET)
 	@$(NNUNET)/bin/python -m pip install --quiet -c constraints.txt "$(TORCH)"
-	@$(NNUNET)/bin/python -m pip install --quiet -c constraints.txt -e ".[demo,dev,nnunet]"
+	@$(NNUNET)/bin/python -m pip install --quiet -c constraints.txt -e ".[demo,dev,totalsegmentator]"
 	@touch $@
 
 test-nnunet: $(NNUNET)/.ready

@@ -43,6 +43,12 @@ _TOO_DEEP = f"it is nested deeper than {MAX_DEPTH} levels, or contains itself"
 _REMEDY = "a config contains settings; put long lists of data into a file that the config's expressions read"
 
 
+def auto3dseg_algorithms(folder: Path) -> list[str]:
+    """Return the names of Auto3DSeg's algorithms in a folder: itself, or its subfolders."""
+    files = (file for pattern in ("", "*/") for file in folder.glob(f"{pattern}algo_object.*"))
+    return sorted({file.parent.name for file in files if file.suffix in (".pkl", ".json")})
+
+
 def find_config_files(bundle_dir: Path, given: str | Path | Sequence[str | Path] | None) -> tuple[Path, ...]:
     """Return the config files to use, in the order in which they are merged.
 
@@ -59,6 +65,14 @@ def find_config_files(bundle_dir: Path, given: str | Path | Sequence[str | Path]
         config = next((file for file in candidates if file.is_file()), None)
         if config is None and (bundle_dir / "plans.json").is_file():
             raise UsageError(f"{bundle_dir.name} is an nnU-Net model folder: give it by --nnunet, not --bundle")
+        if config is None and (algorithms := auto3dseg_algorithms(bundle_dir)):
+            raise UsageError(
+                f"{bundle_dir.name} is a folder of Auto3DSeg ({', '.join(algorithms)}): its AlgoEnsemble joins the "
+                "finished predictions of algorithms with preprocessing and windows of their own, so there is no image "
+                "that all of them see and no map of their mean; explain the network of each with its own inferer "
+                "(esegeta_monai.Explainer), and folds of one algorithm together by EnsembleInferer(inferer, "
+                "members=[...], average='softmax')"
+            )
         if config is None:
             names = ", ".join(sorted(file.name for file in (bundle_dir / "configs").glob("*.*"))) or "none"
             raise UsageError(
@@ -94,7 +108,7 @@ def parse_config(file: str | Path) -> dict[str, Any]:
     file = Path(file)
     try:
         if not file.is_file():  # a pipe or a device would be read for ever
-            raise ValueError("it is no regular file")
+            raise ValueError("it is no regular file" if file.exists() else "there is no such file")
         with file.open("rb") as stream:
             raw = stream.read(MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
@@ -130,17 +144,19 @@ def merged_config(files: Sequence[Path]) -> dict[str, Any]:
     return content
 
 
-def check_macros(config: Mapping[str, Any]) -> list[Path]:
+def check_macros(config: Mapping[str, Any], config_files: Sequence[Path] = ()) -> list[Path]:
     """Check that the macros of a config (``%id``, ``%file.json::id``) can be replaced within the limits.
 
     Args:
         config: the merged config; it is not changed.
+        config_files: the files that were merged, for messages.
 
     Returns:
         The files that macros read, each once. A relative path is relative to the working directory, as in MONAI.
 
     Raises:
-        UsageError: a file cannot be read, a macro names nothing, or the whole expands beyond the limits.
+        UsageError: a file cannot be read, a macro names nothing, or the whole expands beyond the limits. The message
+            begins with the file of the macro.
 
     >>> check_macros({"a": "%b", "b": [1, 2]})
     []
@@ -170,23 +186,40 @@ def check_macros(config: Mapping[str, Any]) -> list[Path]:
     def named(macro: str, where: str) -> Any:
         try:
             path, key = ConfigParser.split_path_id(ConfigParser.resolve_relative_ids(where, macro)[1:])
-        except ValueError as error:
-            raise UsageError(f"the macro {macro[:100]} of '{where[:100]}' cannot be replaced: {error}") from error
-        source: Any = config
-        if path:
-            file = Path(path)
-            if file not in files:
-                files[file] = parse_config(file)
-            source = files[file]
+            source: Any = config
+            if path:
+                file = Path(path)
+                if file not in files:
+                    files[file] = parse_config(file)
+                source = files[file]
+        except (ValueError, UsageError) as error:
+            raise UsageError(f"{shown(macro, where)} cannot be replaced: {error}") from error
         for part in key.split("::") if key else ():
             try:
                 source = source[int(part)] if isinstance(source, list) else source[part]
             except (KeyError, IndexError, ValueError, TypeError) as error:
-                raise UsageError(f"the macro {macro[:100]} of '{where[:100]}' names no entry") from error
+                expression = " (a macro names an entry; an expression begins with $)" if macro[1:2] in "$@" else ""
+                raise UsageError(f"{shown(macro, where)} names no entry{expression}") from error
         return source
+
+    def shown(macro: str, where: str) -> str:
+        return f"{_files_of(where, config_files)}the macro {macro[:100]} of '{where[:100]}'"
 
     visit(config, "", 0)
     return list(files)
+
+
+def _files_of(where: str, config_files: Sequence[Path]) -> str:
+    """Return the files that have an id, for the begin of a message: "configs/inference.json: "."""
+    own = where.partition("::")[0]
+    if own == ConfigParser.meta_key:
+        return "configs/metadata.json: "
+    ids = {
+        file: {key.lstrip("+~").replace("#", "::").partition("::")[0] for key in parse_config(file)}
+        for file in config_files
+    }
+    having = [file for file in config_files if own in ids[file]]
+    return "".join(f"{_shown(file)}: " for file in having[-1:])
 
 
 def config_entries(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -31,6 +31,8 @@ def run(args: Namespace, *_: object) -> int:
     Raises:
         EsegetaError: an option is wrong, the extra ``app`` is not installed, or the bundle is not trusted.
     """
+    if args.totalsegmentator is not None:
+        raise UsageError("the app opens a bundle or an nnU-Net folder; explain tasks of TotalSegmentator by 'explain'")
     if args.bundle is None and args.nnunet is None:
         args.bundle = str(find_bundle(BUNDLE))
     check_options(args)

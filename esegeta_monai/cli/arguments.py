@@ -57,6 +57,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     add_bundle(parser, required=False)
     parser.add_argument("--nnunet", metavar="DIR", help="trained nnU-Net v2 model folder, in place of a bundle")
     parser.add_argument(
+        "--totalsegmentator",
+        metavar="TASK",
+        help="task of TotalSegmentator, such as total, in place of a bundle; --target liver chooses the class and, if "
+        "the task has several models, the model",
+    )
+    parser.add_argument("--fast", action="store_true", help="TotalSegmentator's model of 3 mm")
+    parser.add_argument(
         "--folds",
         metavar="LIST",
         help="folds of the nnU-Net model, such as 0,1, or all for fold_all (default: all numbered folds)",
@@ -100,6 +107,14 @@ def add_network(parser: argparse.ArgumentParser) -> None:
         type=lambda text: int(text) if text.lstrip("-").isdigit() else text,
         metavar="KEY",
         help="output to explain if the network has several: its number, key, or path (classification.0)",
+    )
+    parser.add_argument(
+        "--layer-axes",
+        action="append",
+        default=[],
+        metavar="LAYER: AXES",
+        help="axes of a layer's output where they cannot be found out: 'encoder: n x y z c' (channels last), 'vit.3: n "
+        "1+(x=4 y=4 z=2) c' (tokens after a class token); can be repeated",
     )
 
 

@@ -283,8 +283,8 @@ class Preprocessor:
             near = np.allclose(np.asarray(scan.affine), np.asarray(first.affine), rtol=1e-3, atol=1e-3)
             if scan.shape[1:] != first.shape[1:] or not near:
                 raise InputError(
-                    f"{file} is not on the grid of {case.files[0].name}: register and resample the channels of a case "
-                    "to one grid first"
+                    f"'{file}' is not on the grid of '{case.files[0].name}': register and resample the channels of a "
+                    "case to one grid first"
                 )
         return first if len(scans) == 1 else MetaTensor(torch.cat([s.as_tensor() for s in scans]), meta=first.meta)
 

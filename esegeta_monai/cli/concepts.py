@@ -15,7 +15,7 @@ from esegeta_monai.cli import concept_tests
 from esegeta_monai.cli.cases import Preprocessor, ScanCase, find_cases
 from esegeta_monai.cli.explain import bundle_targets, check_layers, each_case, explainer_for, open_log
 from esegeta_monai.cli.log import RunLog
-from esegeta_monai.cli.reading import open_reader, register_trusted
+from esegeta_monai.cli.reading import open_reader, register_trusted, targets_of
 from esegeta_monai.errors import UsageError
 from esegeta_monai.explain.concepts import CaseConcepts, case_concepts, channel_region, ranked_channels
 from esegeta_monai.methods.relevance.concepts import ConceptRelevance
@@ -39,7 +39,7 @@ def run(args: Namespace, log: RunLog) -> int:
     register_trusted(args)
     reader, output = open_reader(args), Path(args.output)
     cases = find_cases(args.input, [name for _, name in sorted(reader.channel_names.items())], leave_out=output)
-    targets = TARGETS.create_all(args.target) if args.target else bundle_targets(reader)
+    targets = TARGETS.create_all(",".join(targets_of(args))) if args.target else bundle_targets(reader)
     storage.writable_folder(output)
     given = bool(args.concept or args.concept_cases)
     if given and args.find:

@@ -31,7 +31,8 @@ from esegeta_monai.cli.explain import (
     provenance_of,
 )
 from esegeta_monai.cli.log import RunLog
-from esegeta_monai.cli.reading import open_reader, register_trusted
+from esegeta_monai.cli.reading import open_reader, register_trusted, targets_of
+from esegeta_monai.cli.values import region_names
 from esegeta_monai.engine.labels import label_on_grid
 from esegeta_monai.engine.score import Case
 from esegeta_monai.errors import EsegetaError, InputError, UsageError
@@ -96,11 +97,11 @@ def _evaluate(args: Namespace, log: RunLog, ranks: Processes, reader: BundleRead
     methods = METHODS.create_all(",".join(args.methods)) if args.methods else None
     if methods is None:
         methods = earlier.methods if earlier else METHODS.create_all(list(DEFAULT_METHODS))
-    targets = TARGETS.create_all(",".join(args.target)) if args.target else None
+    targets = TARGETS.create_all(",".join(targets_of(args))) if args.target else None
     if targets is None:
         targets = earlier.targets if earlier else bundle_targets(reader)
     check_layers(reader.network, [*methods, *targets])
-    region_names = _region_names(args.region_names)
+    names_of_regions = region_names(args.region_names)
     evaluator = Evaluator(
         explainer_for(reader, args),
         ",".join(args.metrics) if args.metrics else None,
@@ -124,7 +125,7 @@ def _evaluate(args: Namespace, log: RunLog, ranks: Processes, reader: BundleRead
             case.name,
             problems=problems,
             maps=maps,
-            region_names=region_names,
+            region_names=names_of_regions,
             label_value=args.label_value,
             **_beside(args, case, image, data),
             **reader.case_arguments(image, data),
@@ -186,16 +187,6 @@ def _check_place(image: MetaTensor, scan: Path | MetaTensor) -> None:
         raise InputError(result.text)
     if result.verdict == "warned":
         logger.warning("%s", result.text)
-
-
-def _region_names(text: str | None) -> dict[int, str] | None:
-    """Parse ``1=liver,2=spleen``."""
-    if text is None:
-        return None
-    parts = [[word.strip() for word in part.split("=", 1)] for part in text.split(",")]
-    if any(len(part) < 2 or not part[0].isdigit() or not part[1] for part in parts):
-        raise UsageError(f"--region-names {text!r}: write NUMBER=NAME,NUMBER=NAME")
-    return {int(number): name for number, name in parts}
 
 
 # -- maps of an earlier run ----------------------------------------------------------------------------------------

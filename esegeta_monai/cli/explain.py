@@ -16,9 +16,9 @@ from esegeta_monai.cli.arguments import (
 )
 from esegeta_monai.cli.cases import PreparedCase, Preprocessor, ScanCase, find_cases
 from esegeta_monai.cli.log import RunLog, reason
-from esegeta_monai.cli.reading import open_reader, register_trusted
+from esegeta_monai.cli.reading import open_reader, register_trusted, targets_of
 from esegeta_monai.cli.report import tell_altered
-from esegeta_monai.cli.values import overrides
+from esegeta_monai.cli.values import layer_axes, overrides
 from esegeta_monai.engine.head import Postprocessing
 from esegeta_monai.engine.network.model import out_of_memory
 from esegeta_monai.engine.network.state import unwrap, weights_hash
@@ -250,6 +250,7 @@ def explainer_for(reader: BundleReader, options: Namespace) -> Explainer:
         head=options.head,
         postprocessing=output_use(reader),
         agreement=getattr(options, "agreement", False),
+        layer_axes=layer_axes(options.layer_axes),
     )
 
 
@@ -270,7 +271,7 @@ def requested(args: Namespace) -> tuple[list[Method], list[Target] | None]:
         UsageError: there is no such method or target, or a parameter is wrong.
     """
     methods = METHODS.create_all(",".join(args.methods or DEFAULT_METHODS))
-    return methods, TARGETS.create_all(",".join(args.target)) if args.target else None
+    return methods, TARGETS.create_all(",".join(targets_of(args))) if args.target else None
 
 
 def bundle_targets(reader: BundleReader) -> list[Target]:

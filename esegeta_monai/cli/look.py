@@ -13,12 +13,13 @@ from torch import Tensor
 
 import esegeta_monai.files as storage
 from esegeta_monai.bundle.contents import BundleContents, NnunetContents
+from esegeta_monai.bundle.nnunet.totalsegmentator_task import TotalSegmentatorTask
 from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.bundle.static import StaticBundle, describe_nnunet
 from esegeta_monai.cli.cases import Preprocessor, find_cases
 from esegeta_monai.cli.reading import check_options, open_reader
 from esegeta_monai.cli.trust import listing
-from esegeta_monai.cli.values import overrides
+from esegeta_monai.cli.values import layer_axes, overrides
 from esegeta_monai.engine.default_layer import default_layer, layer_shapes
 from esegeta_monai.engine.network.model import Model
 from esegeta_monai.engine.network.state import frozen, unwrap
@@ -33,19 +34,22 @@ __all__ = ["run_info", "run_layers", "scan_or_noise"]
 def run_info(args: Namespace, *_: object) -> int:
     """Print versions, devices and the description of a bundle, and what of it would run; nothing is run."""
     sections: dict[str, Any] = {"versions": storage.versions(), "devices": _devices()}
-    contents: BundleContents | None = None
-    if args.nnunet:
-        check_options(args)
+    check_options(args)
+    runs: list[BundleContents] = []
+    if args.totalsegmentator:
+        task = TotalSegmentatorTask.read(args.totalsegmentator, "fast" if args.fast else "default")
+        sections["task"] = task.description
+        runs = [NnunetContents(folder) for folder in dict.fromkeys(task.folders)]
+    elif args.nnunet:
         sections["bundle"] = describe_nnunet(args.nnunet)
-        contents = NnunetContents(args.nnunet)
+        runs = [NnunetContents(args.nnunet)]
     elif args.bundle:
-        check_options(args)
-        contents = BundleContents(args.bundle, args.config)
+        runs = [BundleContents(args.bundle, args.config)]
         sections["bundle"] = StaticBundle(BundleReader(args.bundle, args.config, overrides(args.override))).describe()
     if args.json:
-        if contents is not None:
-            sections["runs"] = [asdict(entry) for entry in contents.runnables]
-            sections["refused"] = contents.hiding
+        if runs:
+            sections["runs"] = [asdict(entry) for contents in runs for entry in contents.runnables]
+            sections["refused"] = {name: module for contents in runs for name, module in contents.hiding.items()}
         print(json.dumps(sections, indent=2, ensure_ascii=False))
         return 0
     for title, content in sections.items():
@@ -53,8 +57,8 @@ def run_info(args: Namespace, *_: object) -> int:
         for key, value in content.items():
             text = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
             print(f"  {key:<22} {'-' if text is None or text == '' else text}")
-    if contents is not None:
-        print("\n".join(listing(contents)))
+    for contents in runs:
+        print("\n".join(([f"{contents.root.parent.name}:"] if len(runs) > 1 else []) + listing(contents)))
     return 0
 
 
@@ -75,7 +79,7 @@ def run_layers(args: Namespace, *_: object) -> int:
         plan = plan_windows(inferer, image.shape[1:], torch.float32)
         window = plan.cut(image, 0)
         plan = plan_windows(inferer, window.shape[1:], torch.float32)
-        model = Model(network, reader.device, output=args.network_output)
+        model = Model(network, reader.device, output=args.network_output, layer_axes=layer_axes(args.layer_axes))
         with torch.inference_mode():
             axis = plan.slice_axis
             condition = reader.sample_condition(window.shape[1:])

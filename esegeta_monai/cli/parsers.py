@@ -21,10 +21,12 @@ from esegeta_monai.cli.arguments import (
 __all__ = [
     "add_app",
     "add_check",
+    "add_cohort",
     "add_concepts",
     "add_demo",
     "add_evaluate",
     "add_explain",
+    "add_import_esegeta",
     "add_info",
     "add_layers",
     "add_merge",
@@ -210,6 +212,71 @@ def _fraction(text: str) -> float:
     return value
 
 
+COHORT_DESCRIPTION = """Analyses the maps of an output folder over its cases, for each target and method: shares of
+regions, similarity of maps, clusters (SpRAy), outliers, and tests between two groups of patients. With a common space
+also mean and variance maps, and tests of voxels. It writes cohort.html, tables and maps into OUTPUT/cohort."""
+
+
+COHORT_EPILOG = """transforms (from the reference to the scan, as ITK and ANTs write them when the reference is fixed):
+  identity                   the scans are in the space of the reference already
+  transforms/                a folder with CASE….mat, .txt, .tfm, .h5, or a displacement field CASE….nii.gz; of ANTs
+                             also CASE_0GenericAffine.mat and CASE_1Warp.nii.gz together
+  CASE=warp.nii.gz,a.mat     files of one case, in the order of 'antsApplyTransforms -t': the last one is applied first
+
+groups:
+  a CSV with the columns case and group (two names), and where known patient (the unit of a test), site (patients are
+  permuted within sites), and other variables, such as scanner, which clusters are compared with
+
+exit codes: 0 all cases were used, or had an empty target; 1 some case is missing, failed or was altered; 2 usage error
+"""
+
+
+def add_cohort(parser: ArgumentParser) -> None:
+    """Add the arguments of ``cohort``."""
+    parser.description, parser.epilog = COHORT_DESCRIPTION, COHORT_EPILOG
+    parser.add_argument("output", metavar="OUTPUT", help="the output folder of 'explain'")
+    parser.add_argument("--write-to", metavar="DIR", help="folder of the results (default: OUTPUT/cohort)")
+    parser.add_argument("--space", metavar="REFERENCE", help="image of the common space; needs --transforms")
+    parser.add_argument("--transforms", nargs="+", metavar="T", help="how the scans get there (see below)")
+    parser.add_argument(
+        "--regions",
+        metavar="FILE",
+        help="folder of label maps (CASE.nii.gz), or one label map in the common space (default: tables of 'evaluate')",
+    )
+    parser.add_argument("--region-names", metavar="N=NAME,...", help="names of region values, such as 1=liver,2=spleen")
+    parser.add_argument("--groups", metavar="CSV", help="table of cases with two groups (see below)")
+    parser.add_argument(
+        "--correction",
+        choices=("max", "BH", "BY"),
+        default="max",
+        help="of tests of regions: family-wise by the largest |t|, or the false discovery rate (default: max)",
+    )
+    parser.add_argument(
+        "--voxels",
+        choices=("max-t", "cluster-mass"),
+        default="max-t",
+        help="test of voxels in the common space (default: max-t)",
+    )
+    parser.add_argument("--level", type=float, default=0.05, metavar="P", help="significance level (default: 0.05)")
+    parser.add_argument(
+        "--permutations", type=count, default=1999, metavar="N", help="permutations of patients (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--extent",
+        type=float,
+        metavar="MM",
+        help="edge of the cube around the target in which maps are compared, without a common space (default: the "
+        "largest field of view)",
+    )
+    parser.add_argument(
+        "--target", action="append", metavar="NAME", help="only this target, as in run.json; repeatable"
+    )
+    parser.add_argument(
+        "--method", action="append", metavar="NAME", help="only this method, as in run.json; repeatable"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all random numbers (default: 0)")
+
+
 MERGE_RUNS_DESCRIPTION = """\
 Writes OUTPUT/run.json from the journals of all parts (--num-parts, --part-id) that wrote into OUTPUT. If the parts had
 output folders of their own, give these too: their maps, records and rows of metrics.csv are copied into OUTPUT first.
@@ -339,7 +406,7 @@ def add_demo(parser: ArgumentParser) -> None:
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1 (default: cuda if available)")
     add_trust(parser)
     add_run_options(parser)
-    parser.set_defaults(config=None, override=None, network_output=None, head=None, share="cases")
+    parser.set_defaults(config=None, override=None, network_output=None, layer_axes=[], head=None, share="cases")
 
 
 def add_table(parser: ArgumentParser) -> None:
@@ -354,9 +421,14 @@ def add_table(parser: ArgumentParser) -> None:
 def add_layers(parser: ArgumentParser) -> None:
     """Add the arguments of ``layers``."""
     add_model(parser)
+    _add_class(parser)
     parser.add_argument("--input", metavar="FILE", help="scan to run the network on (default: noise of one window)")
     add_network(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _add_class(parser: ArgumentParser) -> None:
+    parser.add_argument("--target", metavar="CLASS", help="class whose model is meant, for --totalsegmentator")
 
 
 def add_info(parser: ArgumentParser) -> None:
@@ -388,6 +460,7 @@ def add_check(parser: ArgumentParser) -> None:
     """Add the arguments of ``check``."""
     parser.description, parser.epilog = CHECK_DESCRIPTION, CHECK_EPILOG
     add_model(parser)
+    _add_class(parser)
     parser.add_argument("--input", metavar="INPUT", help="one scan, as for 'explain' (default: noise of one window)")
     add_network(parser)
     add_head(parser)
@@ -405,8 +478,10 @@ def add_patterns(parser: ArgumentParser) -> None:
 
 def add_overlay(parser: ArgumentParser) -> None:
     """Add the arguments of ``overlay``."""
-    add_bundle(parser, required=False)
-    parser.add_argument("--output", metavar="FILE", help="output file (default: explain.json in DIR/configs)")
+    add_model(parser)
+    parser.add_argument(
+        "--output", metavar="FILE", help="output file (default: explain.json in DIR/configs, or in the nnU-Net folder)"
+    )
     parser.add_argument(
         "--multi-gpu", action="store_true", help="also write multi_gpu_explain.json, for several processes"
     )
@@ -418,6 +493,20 @@ def add_overlay(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--path", action="store_true", help="write nothing; print the path of the overlay in the package"
     )
+
+
+def add_import_esegeta(parser: ArgumentParser) -> None:
+    """Add the arguments of ``import-esegeta``."""
+    parser.add_argument("config_file", metavar="CONFIG", help="JSON configuration of TorchEsegeta")
+    add_bundle(parser, required=True)
+    parser.add_argument("--all", action="store_true", help='also methods with "use": false')
+    parser.add_argument(
+        "--layer",
+        action="append",
+        metavar="THEIRS=OURS",
+        help="the name of a layer in this network, such as Conv5=model.4; may be repeated",
+    )
+    parser.add_argument("--output", metavar="FILE", help="output file (default: explain.json in DIR/configs)")
 
 
 def add_merge(parser: ArgumentParser) -> None:

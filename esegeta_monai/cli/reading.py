@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from argparse import Namespace
 from typing import Literal
 
 import torch
 
 from esegeta_monai.bundle.extensions import register_extensions
-from esegeta_monai.bundle.nnunet import NnunetReader
+from esegeta_monai.bundle.nnunet import NnunetReader, TotalSegmentatorReader
+from esegeta_monai.bundle.nnunet.totalsegmentator_task import TotalSegmentatorTask
 from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.cli.trust import require_trust
 from esegeta_monai.cli.values import choose_device, overrides
 from esegeta_monai.errors import UsageError
 
-__all__ = ["check_options", "open_reader", "register_trusted"]
+__all__ = ["check_options", "named_classes", "open_reader", "register_trusted", "targets_of"]
 
 
 def open_reader(
@@ -35,9 +37,16 @@ def open_reader(
     """
     chosen = choose_device(args.device) if device is None else torch.device(device)
     check_options(args)
-    if args.nnunet is None and args.bundle is None:
-        raise UsageError("give the bundle by --bundle DIR, or an nnU-Net model folder by --nnunet DIR")
+    if args.nnunet is args.bundle is args.totalsegmentator is None:
+        raise UsageError(
+            "give the bundle by --bundle DIR, an nnU-Net model folder by --nnunet DIR, or a task of TotalSegmentator "
+            "by --totalsegmentator TASK"
+        )
     require_trust(args)
+    if args.totalsegmentator is not None:
+        return TotalSegmentatorReader(
+            args.totalsegmentator, named_classes(args), "fast" if args.fast else "default", chosen
+        )
     if args.nnunet is None:
         return BundleReader(args.bundle, args.config, overrides(args.override), chosen, weights)
     step = 0.5 if args.step_size is None else args.step_size
@@ -57,16 +66,52 @@ def register_trusted(args: Namespace) -> None:
 
 
 def check_options(args: Namespace) -> None:
-    """Check that the options for a bundle and those for an nnU-Net folder are not mixed.
+    """Check that the options for a bundle, for an nnU-Net folder and for a task of TotalSegmentator are not mixed.
 
     Raises:
         UsageError: they are.
     """
-    if args.nnunet is None:
-        if not (args.folds is args.step_size is args.previous_stage is None and args.mirroring):
-            raise UsageError("--folds, --no-mirroring, --step-size and --previous-stage belong to --nnunet")
-    elif args.bundle is not None or args.config or args.override:
-        raise UsageError("--nnunet replaces --bundle, and has no --config and --override")
+    if args.nnunet is None and not (args.folds is args.step_size is args.previous_stage is None and args.mirroring):
+        raise UsageError("--folds, --no-mirroring, --step-size and --previous-stage belong to --nnunet")
+    if args.fast and args.totalsegmentator is None:
+        raise UsageError("--fast belongs to --totalsegmentator")
+    if args.nnunet is None and args.totalsegmentator is None:
+        return
+    option = "--nnunet" if args.totalsegmentator is None else "--totalsegmentator"
+    if args.bundle is not None or args.config or args.override:
+        raise UsageError(f"{option} replaces --bundle, and has no --config and --override")
+    if args.nnunet is not None and args.totalsegmentator is not None:
+        raise UsageError("--totalsegmentator replaces --nnunet: give one of them")
+
+
+def targets_of(args: Namespace) -> list[str]:
+    """Return the texts of ``--target``; a bare class of a task of TotalSegmentator becomes a ``MultiClassMask``.
+
+    Raises:
+        UsageError: there is no such task.
+    """
+    given = getattr(args, "target", None)
+    texts = [given] if isinstance(given, str) else list(given or ())
+    if getattr(args, "totalsegmentator", None) is None:
+        return texts
+    known = set(_task(args).classes.values())
+    parts = [part.strip() for text in texts for part in (text.split(",") if "(" not in text else [text])]
+    return [f"MultiClassMask({part!r})" if part in known else part for part in parts]
+
+
+def named_classes(args: Namespace) -> list[str]:
+    """Return the classes of a task of TotalSegmentator that ``--target`` names, also inside of parentheses.
+
+    Raises:
+        UsageError: there is no such task.
+    """
+    known = _task(args).classes.values()
+    quoted = (a or b for text in targets_of(args) for a, b in re.findall(r"'([^']*)'|\"([^\"]*)\"", text))
+    return [name for name in quoted if name in known]
+
+
+def _task(args: Namespace) -> TotalSegmentatorTask:
+    return TotalSegmentatorTask.read(args.totalsegmentator, "fast" if args.fast else "default")
 
 
 def _folds(text: str | None) -> list[int] | str | None:

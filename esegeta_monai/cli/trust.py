@@ -12,6 +12,7 @@ from pathlib import Path
 
 from esegeta_monai.bundle.contents import BundleContents, NnunetContents, Runnable, printable
 from esegeta_monai.bundle.nnunet.files import check_single
+from esegeta_monai.bundle.nnunet.totalsegmentator_task import TotalSegmentatorTask
 from esegeta_monai.bundle.trust import TRUST_VARIABLE, TrustStore, is_shipped
 from esegeta_monai.errors import TrustError, UsageError
 
@@ -35,8 +36,8 @@ def require_trust(args: Namespace) -> None:
         TrustError: it may not run.
         UsageError: its configs cannot be read.
     """
-    nnunet = getattr(args, "nnunet", None)
-    if getattr(args, "allowed", False) or (args.bundle is None and nnunet is None):
+    nnunet, task = getattr(args, "nnunet", None), getattr(args, "totalsegmentator", None)
+    if getattr(args, "allowed", False) or (args.bundle is None and nnunet is None and task is None):
         return
     if os.environ.get(TRUST_VARIABLE) != "1":
         folders: list[BundleContents] = []
@@ -45,6 +46,9 @@ def require_trust(args: Namespace) -> None:
         if nnunet is not None:
             check_single(Path(nnunet))
             folders.append(NnunetContents(nnunet, getattr(args, "previous_stage", None)))
+        if task is not None:
+            read = TotalSegmentatorTask.read(task, "fast" if args.fast else "default")
+            folders += [NnunetContents(folder) for folder in dict.fromkeys(read.folders)]
         for contents in folders:
             _require(contents, args.trust)
     args.allowed = True

@@ -24,7 +24,7 @@ from esegeta_monai.errors import named_reason
 from esegeta_monai.methods.base import Method
 from esegeta_monai.methods.run import run_together
 
-__all__ = ["AgreementMaps", "Kind", "compared", "part_maps", "spread", "summary"]
+__all__ = ["AgreementMaps", "Kind", "compared", "part_maps", "part_passes", "spread", "summary"]
 
 Kind = Literal["members", "views"]
 DDOF: Final[dict[Kind, int]] = {"members": 1, "views": 0}
@@ -97,6 +97,13 @@ def part_maps(
             else:
                 known.append(outcome.result.maps)
     return shares, maps
+
+
+def part_passes(method: Method, objective: Objective, kind: Kind) -> int:
+    """Return the window passes of `part_maps` for a method; the prediction of a part is not known beforehand."""
+    parts = [part for _, part in parts_of(objective, _member if kind == "members" else _view)]
+    reads = method.reads_image_value or not objective.linear
+    return sum(method.passes(part) + (len(part.windows) if reads else 0) for part in parts)
 
 
 def spread(maps: Sequence[Tensor], kind: Kind) -> Tensor:

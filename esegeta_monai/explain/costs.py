@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,12 +14,13 @@ from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.progress import Progress
 from esegeta_monai.engine.run_context import RunContext, SampleComplete
 from esegeta_monai.errors import EsegetaError, MethodError, MethodTimeout, named_reason
+from esegeta_monai.explain.agreement import compared, part_passes
 from esegeta_monai.explain.record import peak_memory, reset_peak_memory
 from esegeta_monai.methods.base import Method
 from esegeta_monai.methods.precision import SAMPLED
 from esegeta_monai.methods.run import run
 
-__all__ = ["COSTLY", "Cost", "check_cost", "cost_of", "duration", "table"]
+__all__ = ["COSTLY", "Cost", "check_cost", "cost_of", "duration", "table", "with_agreement"]
 
 logger = logging.getLogger("esegeta_monai")
 
@@ -140,6 +141,29 @@ def _timed(method: Method, objective: Objective, windows: int) -> tuple[float, i
     except Exception as error:  # the method fails on few windows, but maybe not on all
         failure = error
     return _now(device) - began, context.progress.passes, failure
+
+
+def with_agreement(cost: Cost, method: Method, objective: Objective) -> Cost:
+    """Return the cost with the passes and the time of the maps of each member and each view alone.
+
+    Args:
+        cost: that of `cost_of`.
+        method, objective: see `cost_of`.
+    """
+    kinds = compared(objective.plan)
+    if cost.note is not None or not kinds:
+        return cost
+    further = sum(part_passes(method, objective, kind) for kind in kinds)
+    seconds = cost.seconds
+    if seconds is not None and cost.passes:
+        seconds *= 1 + further / cost.passes
+    return replace(
+        cost,
+        passes=cost.passes + further,
+        exact=cost.exact and method.passes_exact,
+        naive_passes=cost.naive_passes * (1 + len(kinds)),
+        seconds=seconds,
+    )
 
 
 def check_cost(method: Method, objective: Objective) -> None:

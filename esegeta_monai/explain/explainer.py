@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from esegeta_monai.engine.checks.base import CheckResult
 from esegeta_monai.engine.checks.layers import layer_findings
 from esegeta_monai.engine.head import HeadKind, Postprocessing
+from esegeta_monai.engine.network.declared_axes import layer_axes_of
 from esegeta_monai.engine.network.state import evaluating, unwrap
 from esegeta_monai.engine.windows.inferers import as_inferer
 from esegeta_monai.errors import EsegetaError, RankLost, UsageError
 from esegeta_monai.explain.attribution import Attribution, Attributions
 from esegeta_monai.explain.case import BatchInputs
-from esegeta_monai.explain.costs import Cost, cost_of
+from esegeta_monai.explain.costs import Cost, cost_of, with_agreement
 from esegeta_monai.explain.outcomes import BoundTarget, Outcomes
 from esegeta_monai.explain.prediction import Prediction
 from esegeta_monai.explain.run import CaseRun, JudgedCase, OnBegin, Skip
@@ -126,6 +127,7 @@ class Explainer:
         postprocessing: Any = None,
         inputs_as: InputsAs | None = None,
         agreement: bool = False,
+        layer_axes: Mapping[str, str] | None = None,
     ) -> None:
         if not isinstance(network, nn.Module):
             raise UsageError(
@@ -157,6 +159,7 @@ class Explainer:
             inputs_as=inputs_as,
             checks=checks_of(checks),
             agreement=flag("agreement", agreement),
+            layer_axes=layer_axes_of(layer_axes),
         )
 
     def __call__(
@@ -304,6 +307,8 @@ class Explainer:
                         alone = task.objective.derive(scores=[task.objective.scores[k]])
                         with evaluating(settings.network, settings.device):
                             cost = cost_of(method, alone, case.index, bound.label, calibration)
+                            if settings.agreement:
+                                cost = with_agreement(cost, method, alone)
                         yield cost
 
     def check(self, image: Tensor | Mapping[str, Tensor], **inputs: Any) -> list[CheckResult]:

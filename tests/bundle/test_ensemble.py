@@ -104,3 +104,15 @@ def test_a_network_without_weights_is_refused(tmp_path: Path) -> None:
     reader = BundleReader(folder, overrides={"handlers": []})
     with pytest.raises(UsageError, match="names the weights of network 0"):
         reader.network  # noqa: B018
+
+
+@pytest.mark.parametrize("file", ["algo_object.json", "algo_object.pkl"])
+def test_a_folder_of_auto3dseg_is_refused_by_name(tmp_path: Path, file: str) -> None:
+    for name in ("segresnet_0", "dints_1"):
+        (tmp_path / name / "configs").mkdir(parents=True)
+        (tmp_path / name / "configs" / "hyper_parameters.yaml").write_text("num_classes: 2\n", encoding="utf-8")
+        (tmp_path / name / file).write_text("{}", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"folder of Auto3DSeg \(dints_1, segresnet_0\).*EnsembleInferer"):
+        BundleReader(tmp_path)
+    with pytest.raises(UsageError, match=r"folder of Auto3DSeg \(dints_1\)"):
+        BundleReader(tmp_path / "dints_1")

@@ -156,3 +156,25 @@ def test_maps_without_signs_have_no_shared_sign() -> None:
     members, inferer, _ = setting()
     (attribution,) = explained(EnsembleInferer(inferer, members), ["Saliency"])
     assert attribution.record["agreement"]["members"]["same_sign"] is None
+
+
+@pytest.mark.parametrize("method", ["VanillaBackprop", "IntegratedGradients(n_steps=3)", "Occlusion(window=8)"])
+def test_a_dry_run_counts_the_passes_of_the_parts(method: str) -> None:
+    """Passes of members and views alone, counted at the network, are those by which the estimate grows."""
+    members, inner, image = setting()
+    counted = [0]
+
+    def count(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        counted[0] += len(inputs[0])
+
+    members[0].register_forward_pre_hook(count)
+    inferer, passes, estimates = EnsembleInferer(inner, members, (0,)), [], []
+    for agreement in (False, True):
+        explainer = Explainer(members[0], inferer, agreement=agreement, checks=False)
+        counted[0] = 0
+        list(explainer(image, [method], [TARGET]))
+        passes.append(counted[0])
+        (cost,) = explainer.costs(image, [method], [TARGET])
+        estimates.append(cost)
+    assert estimates[1].passes - estimates[0].passes == passes[1] - passes[0] > 0
+    assert estimates[1].naive_passes == 3 * estimates[0].naive_passes

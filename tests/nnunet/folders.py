@@ -105,38 +105,49 @@ def model_folder(
     residual: bool = False,
     ending: str = ".nii.gz",
     changes: dict[str, Any] | None = None,
+    dataset: str = "Dataset001_Tiny",
+    trainer: str = "nnUNetTrainer",
+    seed: int = 0,
+    favoured: int | None = None,
 ) -> Path:
-    """Write a model folder with random weights and return it; ``changes`` are those of the configuration."""
+    """Write a model folder with random weights and return it.
+
+    Args:
+        changes: those of the configuration.
+        favoured: a channel whose logits are raised, so that it is predicted in many voxels.
+    """
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     labels = LABELS if labels is None else labels
-    folder = root / "Dataset001_Tiny" / f"nnUNetTrainer__nnUNetPlans__{name}"
+    folder = root / dataset / f"{trainer}__nnUNetPlans__{name}"
     folder.mkdir(parents=True, exist_ok=True)
     content = plans(patch, spacing, transpose, channels, name, residual)
     content["configurations"][name] |= changes or {}
-    dataset: dict[str, Any] = {
+    description: dict[str, Any] = {
         "channel_names": {str(i): f"channel{i}" for i in range(channels)},
         "labels": labels,
         "numTraining": 3,
         "file_ending": ending,
     }
     if any(isinstance(label, list) for label in labels.values()):
-        dataset["regions_class_order"] = [1, 2]
+        description["regions_class_order"] = [1, 2]
     (folder / "plans.json").write_text(json.dumps(content), encoding="utf-8")
-    (folder / "dataset.json").write_text(json.dumps(dataset), encoding="utf-8")
+    (folder / "dataset.json").write_text(json.dumps(description), encoding="utf-8")
     manager = PlansManager(content)
-    inputs = determine_num_input_channels(manager, name, dataset)
-    heads = manager.get_label_manager(dataset).num_segmentation_heads
+    inputs = determine_num_input_channels(manager, name, description)
+    heads = manager.get_label_manager(description).num_segmentation_heads
     for fold in range(folds):
-        torch.manual_seed(fold)
+        torch.manual_seed(100 * seed + fold)
         network = nnUNetTrainer.build_network_architecture(
             manager, manager.get_configuration(name), inputs, heads, enable_deep_supervision=False
         )
         with torch.no_grad():
             for parameter in network.parameters():
                 parameter.add_(0.3 * torch.randn_like(parameter))
+            if favoured is not None:
+                network.decoder.seg_layers[-1].bias[favoured] += 1.0
         checkpoint = {
             "network_weights": network.state_dict(),
             "optimizer_state": {},
@@ -144,8 +155,8 @@ def model_folder(
             "logging": {"ema_fg_dice": [np.float64(0.5), np.float32(0.25)]},
             "_best_ema": np.float64(0.5),
             "current_epoch": 1,
-            "init_args": {"plans": content, "configuration": name, "fold": fold, "dataset_json": dataset},
-            "trainer_name": "nnUNetTrainer",
+            "init_args": {"plans": content, "configuration": name, "fold": fold, "dataset_json": description},
+            "trainer_name": trainer,
             "inference_allowed_mirroring_axes": None if mirror is None else tuple(mirror),
         }
         (folder / f"fold_{fold}").mkdir()

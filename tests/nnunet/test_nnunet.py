@@ -21,6 +21,7 @@ from esegeta_monai import Explainer
 from esegeta_monai.bundle.nnunet import PROPERTIES, NnunetReader, is_nnunet_folder
 from esegeta_monai.bundle.reader import BundleReader
 from esegeta_monai.cli.main import main
+from esegeta_monai.engine.baselines import gaussian_blur
 from esegeta_monai.errors import NetworkError, UsageError
 from esegeta_monai.explain.ensemble import EnsembleInferer
 from esegeta_monai.files.scans import read_scan
@@ -52,10 +53,10 @@ def model(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, list[Pa
     return model_folder(tmp_path / "model", **options), files
 
 
-def predictor_of(reader: NnunetReader) -> Any:
+def predictor_of(reader: NnunetReader, step: float = 0.5, mirroring: bool = True) -> Any:
     from nnunetv2.inference.predict_from_raw_data import nnUNetPredictor
 
-    own = nnUNetPredictor(0.5, True, True, False, torch.device("cpu"), allow_tqdm=False)
+    own = nnUNetPredictor(step, True, mirroring, False, torch.device("cpu"), allow_tqdm=False)
     own.initialize_from_trained_model_folder(
         str(reader.bundle_dir), [int(f.parent.name[5:]) for f in reader.checkpoints]
     )
@@ -150,6 +151,34 @@ def test_the_gradient_is_that_of_a_plain_loop(
         effect = float(score - (plain_loop(predictor_of(reader), changed)[c] * mask).sum())
     bound = (1e-6 if dtype == torch.float32 else 1e-10) * abs(float(score.detach()))
     assert float(occlusion.map[0, 0, 0, 0]) == pytest.approx(effect, rel=0, abs=bound)
+
+
+def test_integrated_gradients_are_complete_over_folds_and_mirrors(tmp_path: Path) -> None:
+    """The sum of the map is the difference of F, and the map the quadrature of the gradients, of the plain loop."""
+    folder, files = model_folder(tmp_path / "model", mirror=(2,)), scan(tmp_path / "scans", shape=(18, 12, 10))
+    reader = NnunetReader(folder)
+    image = reader.preprocessing({"image": [str(f) for f in files]})["image"].double()
+    inferer = reader.inferer
+    inferer.members = tuple({name: value.double() for name, value in member.items()} for member in inferer.members)
+    methods = ["IntegratedGradients(baseline='blur(sigma=2)', tolerance=1e-3)"]
+    methods += ["IntegratedGradients(baseline='blur(sigma=2)', n_steps=3, name='three')"]
+    complete, three = Explainer(reader.network.double(), inferer)(image[None], methods, [MultiClassMask(1)])
+    assert complete.record["windows_total"] == 8  # two windows, folds and views
+    x = image.as_tensor()
+    x0 = gaussian_blur(x, 2)
+    mask = plain_loop(predictor_of(reader), x).detach().argmax(0) == 1
+
+    def score(at: Tensor) -> Tensor:
+        return plain_loop(predictor_of(reader), at)[1][mask].sum()
+
+    with torch.no_grad():
+        change = float(score(x) - score(x0))
+    assert abs(float(complete.map.sum()) - change) <= 1e-3 * abs(change)
+    expected: Any = 0
+    for node, weight in zip(*np.polynomial.legendre.leggauss(3)):
+        at = (x0 + (node + 1) / 2 * (x - x0)).requires_grad_(True)
+        expected = expected + weight / 2 * torch.autograd.grad(score(at), at)[0] * (x - x0)
+    assert float((three.map.as_tensor() - expected).abs().max() / expected.abs().max()) <= 1e-10
 
 
 def test_a_map_comes_back_to_the_scan(model: tuple[Path, list[Path]]) -> None:

@@ -53,8 +53,13 @@ class NnunetPreprocessd(MapTransform):
             result.update(more)
         return result
 
-    def _preprocess(self, files: list[str]) -> tuple[MetaTensor, dict[str, Any]]:
-        """Return the image (C, *spatial) and further entries of the data dictionary."""
+    def _preprocess(self, files: list[str], scan: MetaTensor | None = None) -> tuple[MetaTensor, dict[str, Any]]:
+        """Return the image (C, *spatial) and further entries of the data dictionary.
+
+        Args:
+            files: one file per channel.
+            scan: (1, *spatial) the first one with the trace of what was done before; None: it is read.
+        """
         model = self.model
         wanted = len(model.channel_names)
         if len(files) != wanted:
@@ -71,7 +76,7 @@ class NnunetPreprocessd(MapTransform):
             one_hot = nnunet_module("nnunetv2.utilities.label_handling.label_handling").convert_labelmap_to_one_hot
             more[PREVIOUS] = torch.as_tensor(one_hot(labels[0], model.labels.foreground_labels, values.dtype)).float()
         image = torch.as_tensor(values).float()
-        return self._traced(image, properties, read_scan(files[0])), more
+        return self._traced(image, properties, read_scan(files[0]) if scan is None else scan), more
 
     def _traced(self, image: Tensor, properties: Mapping[str, Any], scan: MetaTensor) -> MetaTensor:
         """Return the image with the trace of nnU-Net's transpose, crop and resampling, from the scan's grid."""

@@ -35,10 +35,16 @@ def as_inferer(inferer: Any) -> Any:
     Any other inferer is returned unchanged.
 
     Raises:
-        NetworkError: the partial function binds ``process_fn`` or a predictor.
+        NetworkError: the partial function binds ``process_fn`` or a predictor, or it is Auto3DSeg's ``AlgoEnsemble``.
     """
     if inferer is None:
         return SimpleInferer()
+    if any(kind.__module__.startswith("monai.apps.auto3dseg") for kind in type(inferer).__mro__):
+        raise NetworkError(
+            f"{type(inferer).__name__} joins the finished predictions of algorithms with preprocessing and windows of "
+            "their own, so it declares no windows: explain each algorithm with its own inferer, and folds of one "
+            "algorithm by EnsembleInferer(inferer, members=[...], average='softmax')"
+        )
     if isinstance(inferer, functools.partial) and inferer.func is sliding_window_inference and not inferer.args:
         options = dict(inferer.keywords)
         predictor, process_fn = options.pop("predictor", None), options.pop("process_fn", None)

@@ -152,3 +152,11 @@ def test_the_gradient_through_a_patch_inferer_is_autograds(shape):
         attribution.map.as_tensor(), expected[0], rtol=0, atol=1e-10 * float(expected.abs().max())
     )
     assert attribution.record["blend_deviation"] < 1e-10
+
+
+@pytest.mark.parametrize("name", ["AlgoEnsembleBestN", "AlgoEnsembleBestByFold"])
+def test_an_ensemble_of_auto3dseg_is_refused_by_name(name: str) -> None:
+    from monai.apps import auto3dseg
+
+    with pytest.raises(NetworkError, match=rf"{name} joins the finished predictions.*EnsembleInferer"):
+        as_inferer(getattr(auto3dseg, name)())

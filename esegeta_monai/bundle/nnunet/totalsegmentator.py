@@ -1,0 +1,367 @@
+"""Explain a task of TotalSegmentator: its own crop, resampling and final file, and the windows of the model it needs.
+
+TotalSegmentator's function ``nnUNet_predict_image`` prepares the scan, calls nnU-Net for each model of the task, joins
+the segmentations and brings them back to the scan. Here the same function runs, and only its call of nnU-Net is
+replaced, by a predictor that gives the same segmentation and keeps the logits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import Compose, Orientation, Resize, SpatialCrop
+from torch import Tensor
+
+from esegeta_monai.bundle.nnunet.files import PROPERTIES
+from esegeta_monai.bundle.nnunet.prediction import NnunetPrediction
+from esegeta_monai.bundle.nnunet.preprocessing import NnunetPreprocessd
+from esegeta_monai.bundle.nnunet.reader import NnunetReader
+from esegeta_monai.bundle.nnunet.totalsegmentator_task import (
+    ENDING,
+    Mode,
+    PartModel,
+    TotalSegmentatorTask,
+    totalsegmentator_module,
+)
+from esegeta_monai.engine.resampled import OutputMasks, Resampling
+from esegeta_monai.errors import InputError, NetworkError
+from esegeta_monai.files.scans import read_scan
+
+__all__ = ["TotalSegmentatorReader"]
+
+SCAN = "totalsegmentator_scan"
+"""Key of the `_Scan` of a case in its data dictionary."""
+
+Predict = Callable[[int, Path, Path], None]
+"""Function of the number of a model, its input file, and its output file without extension."""
+
+
+@dataclass(frozen=True)
+class _Crop:
+    """Crop of a task.
+
+    Attributes:
+        mask: the structures to which the scan is cropped.
+        margin: mm on each side.
+        outside: structures outside of which the final file is emptied; None: it is not.
+    """
+
+    mask: Any
+    margin: Sequence[float]
+    outside: Any
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """A scan on its way to the network.
+
+    Attributes:
+        image: the scan as nibabel reads it.
+        crop: the crop; None: the whole scan.
+        box: the crop in voxels of the scan.
+        shape: shape of the cropped scan in canonical order.
+        resampled: content of the file that the network reads.
+    """
+
+    image: Any
+    crop: _Crop | None
+    box: tuple[slice, ...]
+    shape: tuple[int, ...]
+    resampled: np.ndarray
+
+
+class TotalSegmentatorReader(NnunetReader):
+    """A task of TotalSegmentator, of which the model that predicts the given classes is explained.
+
+    TotalSegmentator crops and resamples the scan, and its final file gives the masks. It resamples labels to the scan
+    by nearest neighbours, which is the argmax of logits that are resampled so: R in ``F(x) = Σ_v m(v) (R P)(c, v)`` is
+    this resampling, after nnU-Net's own.
+
+    Args:
+        task: name of the task, such as ``"total"``.
+        classes: classes to explain; they choose the model. None are needed for a task of one model.
+        mode: ``"fast"``: the model of 3 mm, where the task has one.
+        device: device of the network.
+        weights: folder of the weights; None: where TotalSegmentator keeps them.
+
+    Raises:
+        UsageError: TotalSegmentator or its weights are missing, there is no such task or class, or the classes are in
+            different models.
+        NetworkError: see `NnunetReader`.
+
+    Example::
+
+        reader = TotalSegmentatorReader("total", ["liver"])
+        data = reader.preprocessing({"image": "scan.nii.gz"})
+        given = reader.case_arguments(data["image"], data)
+        explainer = Explainer(reader.network, reader.inferer, class_names=reader.class_names)
+        maps = list(explainer(data["image"][None], ["Saliency"], ["MultiClassMask('liver')"], **given))
+    """
+
+    def __init__(
+        self,
+        task: str,
+        classes: Sequence[str] = (),
+        mode: Mode = "default",
+        device: str | torch.device = "cpu",
+        weights: str | Path | None = None,
+    ) -> None:
+        self.total_task = TotalSegmentatorTask.read(task, mode, weights)
+        self.part = self.total_task.part_of(classes)
+        super().__init__(self.part.folder, self.total_task.config["folds"], False, device, self.total_task.step)
+
+    @cached_property
+    def preprocessing(self) -> Compose:
+        """TotalSegmentator's crop and resampling and nnU-Net's preprocessing, with the way back to the scan."""
+        return Compose([_Preprocessd(self.image_key, self)])
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """See `NnunetReader.provenance`; with task, mode, model and version of TotalSegmentator."""
+        own = {
+            "task": self.total_task.name,
+            "mode": self.total_task.mode,
+            "model": self.part.number,
+            "version": totalsegmentator_module("totalsegmentator.config").get_version(),
+        }
+        return {**super().provenance, "totalsegmentator": own}
+
+    def predict(self, image: Tensor, data: Any, path: Path | None = None) -> NnunetPrediction:
+        """Predict all models of the task and write TotalSegmentator's final file.
+
+        Args:
+            image, data, path: see `NnunetReader.predict`.
+
+        Raises:
+            NetworkError: TotalSegmentator prepares another image than before, or see `NnunetReader.predict`.
+        """
+        scan: _Scan = data[SCAN]
+        own: list[NnunetPrediction] = []
+
+        def predict(number: int, file: Path, out: Path) -> None:
+            if number != self.part.number:
+                self._of(number).segment(file, out)
+                return
+            if not np.array_equal(_values(file), scan.resampled):
+                raise NetworkError("TotalSegmentator prepared another image than for the network: predict again")
+            own.append(super(TotalSegmentatorReader, self).predict(image, data, out))
+
+        final = _run(self.total_task, scan.image, scan.crop, self.device, self.total_task.step, predict)
+        labels = np.asarray(final.dataobj).astype(np.int64)
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            nib.save(final, f"{path}{ENDING}")
+        segmentation = torch.as_tensor(labels)
+        masks = self._masks(own[0].masks, segmentation, scan, data[PROPERTIES])
+        return replace(own[0], segmentation=segmentation.permute(2, 1, 0), masks=masks)
+
+    def _of(self, number: int) -> _Model:
+        (part,) = (part for part in self.total_task.parts if part.number == number)
+        return _Model(part, self.total_task, self.device)
+
+    def _masks(self, own: OutputMasks, segmentation: Tensor, scan: _Scan, properties: Any) -> OutputMasks:
+        """Return the masks of the final file on the grid of the cropped scan, in the order of the network's axes."""
+        label_of = {name: label for label, name in self.total_task.classes.items()}
+        order = self._axes
+        turn = nib.orientations.io_orientation(scan.image.affine)
+
+        def mask(channel: int) -> Tensor:
+            label = 0 if channel == 0 else label_of.get(self.part.classes.get(channel, ""), -1)
+            values = (segmentation == label)[scan.box].numpy()
+            canonical = nib.orientations.apply_orientation(values, turn)
+            return torch.as_tensor(np.ascontiguousarray(canonical.transpose(order)))
+
+        resampling = None
+        if own.resampling is not None:
+            box = properties["bbox_used_for_cropping"]
+            matrices = []
+            for axis, (inner, edges) in enumerate(zip(own.resampling.matrices, box)):
+                nearest = _nearest(scan.resampled.shape, scan.shape, order[axis], self.total_task.config["resample"])
+                matrices.append(nearest[:, edges[0] : edges[1]] @ inner)
+            resampling = Resampling(tuple(matrices))
+        return OutputMasks(mask, own.exclusive, resampling, {**own.record, "masks": "TotalSegmentator's file"})
+
+    @property
+    def _axes(self) -> list[int]:
+        return [2 - axis for axis in self.plans.transpose_forward]  # nnU-Net reads (z, y, x)
+
+    def _metadata(self) -> dict[str, Any]:
+        content = super()._metadata()
+        names = dict(enumerate(self.model.class_names)) | self.part.classes
+        content["network_data_format"]["outputs"]["pred"]["channel_def"] = names
+        mode = "" if self.total_task.mode == "default" else f"_{self.total_task.mode}"
+        return {**content, "name": f"totalsegmentator_{self.total_task.name}{mode}_{self.part.number}"}
+
+
+class _Model:
+    """A model of which only the segmentation is needed."""
+
+    def __init__(self, part: PartModel, task: TotalSegmentatorTask, device: torch.device) -> None:
+        self.reader = NnunetReader(part.folder, task.config["folds"], False, device, task.step)
+
+    def segment(self, file: Path, out: Path) -> None:
+        data = self.reader.preprocessing({"image": [str(file)]})
+        self.reader.predict(data["image"], data, out)
+
+
+class _Preprocessd(NnunetPreprocessd):
+    """TotalSegmentator's preparation of a scan, then nnU-Net's preprocessing."""
+
+    def __init__(self, keys: str, reader: TotalSegmentatorReader) -> None:
+        super().__init__(keys, reader.model)
+        self.reader = reader
+
+    def _preprocess(self, files: list[str], scan: MetaTensor | None = None) -> tuple[MetaTensor, dict[str, Any]]:
+        if len(files) != 1 or not files[0].endswith((".nii", ".nii.gz")):
+            raise InputError("TotalSegmentator reads one NIfTI file (.nii or .nii.gz): convert the scan first")
+        task, device = self.reader.total_task, self.reader.device
+        image: Any = nib.load(files[0])
+        if len(image.shape) != 3:
+            raise InputError(f"{Path(files[0]).name} has the shape {tuple(image.shape)}; give a 3D scan")
+        crop = _crop(task, image, device)
+        way: Any = (read_scan(files[0]) if scan is None else scan)[:1].clone()
+        box = tuple(slice(0, n) for n in image.shape)
+        if crop is not None:
+            box = _box(image, crop)
+            way = SpatialCrop(roi_start=[part.start for part in box], roi_end=[part.stop for part in box])(way)
+        way = Orientation(axcodes="RAS", labels=(("L", "R"), ("P", "A"), ("I", "S")))(way)
+        shape = tuple(int(n) for n in way.shape[1:])
+        with tempfile.TemporaryDirectory() as folder:
+            kept = Path(folder) / f"scan_0000{ENDING}"
+
+            def keep(_: int, file: Path, __: Path) -> None:
+                shutil.move(file, kept)
+                raise _PreparedError
+
+            with contextlib.suppress(_PreparedError):
+                _run(task, image, crop, device, task.step, keep)
+            resampled = _values(kept)
+            if resampled.shape != shape:
+                # ndimage.zoom keeps the centres of the outermost voxels
+                way = Resize(resampled.shape, mode="trilinear", align_corners=True)(way)
+            values, more = super()._preprocess([str(kept)], way)
+        return values, {**more, SCAN: _Scan(image, crop, box, shape, resampled)}
+
+
+class _PreparedError(Exception):
+    """The scan is prepared, and its file moved: TotalSegmentator need not go on."""
+
+
+def _run(
+    task: TotalSegmentatorTask, image: Any, crop: _Crop | None, device: torch.device, step: float, predict: Predict
+) -> Any:
+    """Run TotalSegmentator's own function, with ``predict`` in place of its call of nnU-Net; return the final image.
+
+    Raises:
+        InputError: the scan is so large that TotalSegmentator splits it.
+        NetworkError: this version of TotalSegmentator calls nnU-Net in another way.
+    """
+    module, config = totalsegmentator_module("totalsegmentator.nnunet"), task.config
+
+    def instead(dir_in: Any, dir_out: Any, number: int, *_: Any, tta: bool = False, **options: Any) -> None:
+        inputs = sorted(Path(dir_in).glob(f"*_0000{ENDING}"))
+        if len(inputs) != 1:
+            raise InputError(
+                "TotalSegmentator splits a scan of this size into three parts, which is not supported: crop the scan"
+            )
+        if tta or options.get("step_size") != step:
+            raise NetworkError(
+                f"this version of TotalSegmentator predicts with step {options.get('step_size')} and mirroring {tta}, "
+                f"not with step {step}: install the version that the extra [totalsegmentator] names"
+            )
+        predict(number, inputs[0], Path(dir_out) / inputs[0].name.removesuffix(f"_0000{ENDING}"))
+
+    known = module.nnUNetv2_predict
+    module.nnUNetv2_predict = instead
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            final, _, _ = module.nnUNet_predict_image(
+                image,
+                None,
+                config["task_id"],
+                model=config["model"],
+                folds=config["folds"],
+                trainer=config["trainer"],
+                plans=config["plans"],
+                tta=False,
+                multilabel_image=True,
+                resample=config["resample"],
+                crop=None if crop is None else crop.mask,
+                crop_addon=None if crop is None else crop.margin,
+                task_name=task.name,
+                nr_threads_saving=1,
+                quiet=True,
+                device=str(device),
+                remove_outside_mask=None if crop is None else crop.outside,
+                remove_outside_dilation=None if crop is None else config.get("remove_outside_dilation"),
+            )
+    finally:
+        module.nnUNetv2_predict = known
+    return final
+
+
+def _crop(task: TotalSegmentatorTask, image: Any, device: torch.device) -> _Crop | None:
+    """Return the crop of a task, from the segmentation of its rough model.
+
+    Raises:
+        InputError: the rough model finds none of the structures.
+    """
+    rough = task.rough
+    if rough is None:
+        return None
+
+    def predict(number: int, file: Path, out: Path) -> None:
+        (part,) = (part for part in rough.parts if part.number == number)
+        _Model(part, rough, device).segment(file, out)
+
+    final = _run(rough, image, _crop(rough, image, device), device, rough.step, predict)
+    labels = np.asarray(final.dataobj)
+    label_of = {name: label for label, name in rough.classes.items()}
+
+    def structures(names: Sequence[str]) -> Any:
+        values = np.isin(labels, [label_of[name] for name in names]).astype(np.uint8)
+        return nib.Nifti1Image(values, final.affine)
+
+    names, outside = task.config["crop"], task.config.get("remove_outside")
+    mask = structures(names)
+    if not np.asarray(mask.dataobj).any():
+        raise InputError(
+            f"TotalSegmentator crops to {', '.join(names)}, and its rough model finds none in the scan: its "
+            "segmentation is empty, and there is nothing to explain"
+        )
+    margin = [20, 20, 20] if task.config.get("crop_model") is None else task.config["crop_addon"]
+    return _Crop(mask, margin, None if outside is None else structures(outside))
+
+
+def _values(file: Path) -> np.ndarray:
+    image: Any = nib.load(file)
+    return np.asarray(image.dataobj)
+
+
+def _box(image: Any, crop: _Crop) -> tuple[slice, ...]:
+    cut = totalsegmentator_module("totalsegmentator.nnunet").crop_to_mask
+    _, edges = cut(nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine), crop.mask, addon=crop.margin)
+    return tuple(slice(int(a), int(b)) for a, b in edges)
+
+
+def _nearest(before: Sequence[int], after: Sequence[int], axis: int, resample: Any) -> Tensor:
+    """Return the matrix (after, before) of TotalSegmentator's resampling of labels along an axis."""
+    n, m = before[axis], after[axis]
+    if resample is None or n == m:
+        return torch.eye(n, dtype=torch.float64)
+    change = totalsegmentator_module("totalsegmentator.nnunet").change_spacing
+    places = nib.Nifti1Image(np.arange(n, dtype=np.float64).reshape(n, 1, 1), np.eye(4))
+    read = change(places, [1.0, 1.0, 1.0], (m, 1, 1), order=0, dtype=np.int32).get_fdata().reshape(m)
+    return torch.nn.functional.one_hot(torch.as_tensor(read).long(), n).double()
