@@ -41,7 +41,7 @@ class FoundEntry:
 
 
 def part_entry(concept: FoundConcept, unit: CaseUnits, image: MetaTensor, output: Path) -> PartEntry:
-    """Draw a case and the concept's strength in its parts, at the strongest one, as a PNG in ``output``.
+    """Draw the strength of a concept in all parts, at the strongest one, as a PNG in ``output``.
 
     Args:
         concept: of `find_concepts`.
