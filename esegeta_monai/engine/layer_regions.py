@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -190,7 +191,8 @@ class RegionGradients(Request):
                     shares = _on_positions(region, self.grid, window, gradients.shape[3:], blended=False)
                     if shares is not None:
                         cells, weights = shares
-                        part = gradients[(slice(None), j, slice(None), *cells)].flatten(2).double()
+                        index: tuple[Any, ...] = (slice(None), j, slice(None), *cells)
+                        part = gradients[index].flatten(2).double()
                         self.total[:, number] += (part @ weights.to(part).flatten()).cpu()
 
     def result(self) -> Tensor:
