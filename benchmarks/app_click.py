@@ -48,7 +48,7 @@ def synthetic(path: Path, side: int = 128) -> Path:
 
 def measure(resident: Resident, case: int, repeat: int) -> str:
     loaded = resident.load({"case": case})
-    kept = resident._case(case)
+    kept = resident.case(case)
     shape = kept.prepared.image.shape[1:]
     affine = np.asarray(kept.prepared.image.affine, dtype=float)
     middle = (affine @ [*(n // 2 for n in shape), 1.0])[:3].round(1)

@@ -116,7 +116,7 @@ def check_alone(subject: Subject) -> tuple[float, list[tuple[int, ...]]]:
     with counted(network) as shapes:
         results = check_network_once(Model(network, CPU), subject.image[0], plan)
     seconds = time.process_time() - start
-    return seconds, [shapes[0]] * sum(result.passes for result in results)
+    return seconds, [shapes[-1]] * sum(result.passes for result in results)
 
 
 def rows(subject: Subject, repeats: int) -> Iterator[str]:

@@ -52,7 +52,7 @@ class RankLost(EsegetaError, RuntimeError):  # noqa: N818 - names the event
 
 
 class OutputLost(EsegetaError, RuntimeError):  # noqa: N818 - names the event
-    """The removal of the output folder, or of its journal, during a run."""
+    """The loss of the output folder during a run: it was removed, or its journal cannot be written (a full disk)."""
 
 
 class MetricError(EsegetaError, ValueError):

@@ -55,6 +55,7 @@ from esegeta_monai.targets import (
 from esegeta_monai.transforms import Explaind, InvertAttributiond
 from esegeta_monai.utils.tensors import bounding_box
 from tests.support.fake_device import FAKE, fake_device
+from tests.support.networks import ELSEWHERE
 
 WINDOWS = SlidingWindowInferer((12, 12), 2, 0.5, "gaussian")
 CLASS = MultiClassMask(1)
@@ -124,7 +125,12 @@ SETTINGS = {
     "UNet": Setting(unet, (1, 2, 18, 12), WINDOWS, CLASS, "model.0"),
     "classifier": Setting(classifier, (1, 1, 12, 12), None, ClassScore(1), "4"),
 }
-PAIRS = [(s, m.__name__) for s in SETTINGS for m in METHODS if (s, m.__name__) != ("UNet", "Cam")]
+PAIRS = [
+    (s, m.__name__)
+    for s in SETTINGS
+    for m in METHODS
+    if (s, m.__name__) != ("UNet", "Cam") and m.__name__ not in ELSEWHERE
+]
 LAYOUTS = pytest.mark.parametrize("volumes", [FAKE, "cpu"], ids=["all-there", "volumes-here"])
 
 

@@ -5,7 +5,7 @@
     process.py    the worker process: jobs, progress, cancel, restart
     view.py       a case for the report's viewer
     server.py     the HTTP server
-    page.html, view.html, app.js, app.css
+    page.html, view.html, app.js, network.js, app.css
 
 The worker (`esegeta_monai.cli.app_worker`) holds the network and runs the command line's own functions. The server
 holds no network: it reads files that the worker has written.

@@ -118,6 +118,7 @@
     if (!made.has_map) document.querySelector('input[name="kind"][value="class"]').checked = true;
     if (!same) { if (made.has_map) writeScores([]); else writeScores(made.scores); look(); }
     listResults();
+    network.loaded(same);
     $("viewer").dataset.count = String((Number($("viewer").dataset.count) || 0) + 1);
   }
 
@@ -158,7 +159,8 @@
     if ([...jobs.values()].some((job) => job.state === "running")) $("place").textContent = "The worker is busy; this place is looked at afterwards.";
     const answer = await send("/api/look", { view: asked, voxel });
     if (asked !== view.view) return;
-    place = { voxel, world: answer.world };
+    place = { voxel, world: answer.world, index: answer.voxel };
+    network.moved();
     $("place").textContent = `voxel ${voxel.join(", ")} · ${answer.world.map((v) => v.toFixed(1)).join(", ")} mm`;
     writeScores(answer.scores);
     if (pending) { pending = null; await explain(); }
@@ -194,7 +196,7 @@
     $("costs").textContent = "The cost is being estimated.";
     const { costs: list } = await send("/api/costs", body);
     const seconds = list.reduce((sum, c) => sum + (c.seconds ?? 0), 0), problem = list.map((c) => c.note).find(Boolean) ?? null;
-    const known = { seconds, problem, text: problem ?? `About ${seconds < 1 ? "1 s or less" : `${short(seconds)} s`}: ${list.reduce((n, c) => n + c.passes, 0)} window passes, ${short(Math.max(...list.map((c) => c.peak_memory_bytes ?? 0)) / 2 ** 30)} GiB.` };
+    const known = { seconds, problem, text: problem ?? `About ${seconds < 1 ? "1 s or less" : `${seconds < 10 ? short(Number(seconds.toPrecision(2))) : Math.round(seconds)} s`}: ${list.reduce((n, c) => n + c.passes, 0)} window passes, ${short(Math.max(...list.map((c) => c.peak_memory_bytes ?? 0)) / 2 ** 30)} GiB.` };
     costs.set(costKey(body), known);
     $("costs").textContent = known.text;
     return known;
@@ -228,7 +230,7 @@
     if (!drawing() || event.button !== 0) return;
     event.preventDefault();
     event.stopImmediatePropagation();
-    const plane = view.data.planes[Number(canvas.dataset.plane)], { size } = view.data;
+    const plane = shown.planeOf(canvas), { size } = view.data;
     const at = (e) => shown.under(e, canvas, plane).map(Math.floor);
     const first = at(event), depth = Math.max(1, Number($("depth").value) || 1);
     canvas.setPointerCapture(event.pointerId);
@@ -269,7 +271,7 @@
       const frame = canvas.parentElement;
       frame.querySelector(".box-drawn")?.remove();
       if (!box) continue;
-      const plane = view.data.planes[Number(canvas.dataset.plane)], { size } = view.data, at = shown.state.at[plane.through];
+      const plane = shown.planeOf(canvas), { size } = view.data, at = shown.state.at[plane.through];
       if (shown.state.show !== "slice" || at < box.low[plane.through] || at > box.high[plane.through]) continue;
       const [x, y, w, h] = globalThis.esegetaViewer.boxOf(shown.state, size, plane, [0, 0, canvas.clientWidth, canvas.clientHeight]);
       const a0 = plane.mirrored ? size[plane.across] - 1 - box.high[plane.across] : box.low[plane.across];
@@ -292,6 +294,17 @@
     body.title = `Without a box: ${body.title.split(": ").slice(1).join(": ")}`;
     await submit(body);
   }
+
+  // ---- the network -----------------------------------------------------------------------------------------------
+
+  const network = globalThis.esegetaNetwork({
+    make, short, send, guarded, question,
+    view: () => view, shown: () => shown,
+    /** Explain with another method or target than the form's. */
+    explain: (changes, title) => explain({ ...question(), do: "explain", ...changes, title }),
+    /** The voxel of the network's grid at the cross-hair. */
+    index: async () => { if (!place || place.voxel.some((v, i) => v !== shown.state.at[i])) await look(); return place.index; },
+  });
 
   // ---- jobs ------------------------------------------------------------------------------------------------------
 
@@ -322,8 +335,16 @@
     if (result?.exit_code !== undefined) parts.push(make("p", `The metrics are in the report and in metrics.csv${result.exit_code ? "; some could not be computed" : ""}: press "Write the report".`, { class: "small" }));
     if (result?.command) parts.push(equivalent(result));
     row.replaceChildren(...parts);
+    if (mine.has(job.id)) $("progress").textContent = progressText(job);
     if (job.state === "done" && before && before.state !== "done") guarded(finished)(job);
     if (job.state === "failed" && before && before.state !== "failed" && mine.get(job.id)?.box) $("change").textContent = job.error;
+  }
+
+  /** What becomes of the newest question, beside its button: the list of jobs is further down. */
+  function progressText(job) {
+    if (job.id !== Math.max(...mine.keys())) return $("progress").textContent;
+    const of = job.total ? `${job.done} of ${job.total} passes` : "";
+    return { waiting: "Waiting for the job before it.", running: `Running ${of}; it can be cancelled under Jobs.`, done: `Done in ${(job.ended - job.started).toFixed(1)} s.`, failed: `Failed: ${job.error}`, cancelled: "Cancelled." }[job.state];
   }
 
   const changeText = ({ before, after, change }) => `Score ${short(before)} → ${short(after)}: ${change > 0 ? "+" : ""}${short(change)} (${before ? `${(100 * change / Math.abs(before)).toFixed(1)} %` : "–"})`;

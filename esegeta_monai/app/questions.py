@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +42,13 @@ class Question:
     metrics: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, request: Mapping[str, Any], cases: int, class_names: Mapping[int, str]) -> Question:
+    def of(
+        cls,
+        request: Mapping[str, Any],
+        cases: int,
+        class_names: Mapping[int, str],
+        layers: Collection[str] = (),
+    ) -> Question:
         """Read the JSON of a request, and check all of it.
 
         Args:
@@ -51,6 +57,7 @@ class Question:
                 ``box``: two corners; ``baseline``; ``time_limit``; ``costly``; ``metrics``.
             cases: number of cases.
             class_names: names by number, for the names of results.
+            layers: names of the network's layers, which are no paths.
 
         Raises:
             UsageError: a part is missing or has a wrong type, or a value could be a path.
@@ -74,10 +81,10 @@ class Question:
             if not isinstance(box, list) or len(box) != 2:
                 raise UsageError("a box has two corners")
             corners = (_place(box[0]), _place(box[1]))
-        methods = tuple(_named(m) for m in _list(request.get("methods")))
+        methods = tuple(_named(m, layers) for m in _list(request.get("methods")))
         metrics = tuple(_named(m) for m in _list(request.get("metrics")))
         target = request.get("target")
-        text = None if target is None else _target(target, class_names)
+        text = None if target is None else _target(target, class_names, layers)
         costly = request.get("costly") is True
         return cls(case, text, methods, corners, baseline, limit, costly, metrics)
 
@@ -106,12 +113,12 @@ def _class(value: Any) -> int:
     return value
 
 
-def _target(target: Any, class_names: Mapping[int, str]) -> str:
+def _target(target: Any, class_names: Mapping[int, str], layers: Collection[str]) -> str:
     """Return the text of a target. Its name has what distinguishes it, so that no other map gets the same file."""
     if not isinstance(target, dict) or target.get("kind") not in KINDS:
         raise UsageError(f"a target has a kind: {', '.join(KINDS)}")
     if target["kind"] == "other":
-        return _named(target)
+        return _named(target, layers)
     index = _class(target.get("class"))
     shown = re.sub(r"[^\w ]", "", class_names.get(index, f"class{index}"))[:40].strip() or f"class{index}"
     against = target.get("against")
@@ -131,7 +138,7 @@ def _target(target: Any, class_names: Mapping[int, str]) -> str:
     return f"Contrast({text}, others={against}, name={name!r})"
 
 
-def _named(thing: Any) -> str:
+def _named(thing: Any, layers: Collection[str] = ()) -> str:
     """Return the text of a method, target or metric given by name and parameters."""
     if not isinstance(thing, dict) or not isinstance(thing.get("name"), str):
         raise UsageError("a method, target or metric has a name")
@@ -141,15 +148,15 @@ def _named(thing: Any) -> str:
     if parameters and "name" not in parameters:  # else maps with other parameters would have the same file
         marks = "-".join(f"{k}{_short(v)}" for k, v in sorted(parameters.items()))
         parameters = {**parameters, "name": f"{thing['name']}-{marks}"[:80]}
-    return call_text(thing["name"], parameters)
+    return call_text(thing["name"], parameters, layers)
 
 
 def _short(value: Any) -> str:
     return re.sub(r"[^\w.]+", "-", str(value)).strip("-")[:24]
 
 
-def call_text(name: str, parameters: Mapping[str, Any]) -> str:
-    """Return ``Name(parameter=value, ...)``.
+def call_text(name: str, parameters: Mapping[str, Any], layers: Collection[str] = ()) -> str:
+    """Return ``Name(parameter=value, ...)``; a text of ``layers`` is no path.
 
     Raises:
         UsageError: a name is not a plain word, or a value could be a path.
@@ -163,7 +170,7 @@ def call_text(name: str, parameters: Mapping[str, Any]) -> str:
     """
     if not WORD.fullmatch(name) or not all(isinstance(key, str) and WORD.fullmatch(key) for key in parameters):
         raise UsageError("names of methods, targets, metrics and parameters are plain words")
-    refuse_paths(list(parameters.values()))
+    refuse_paths([value for key, value in parameters.items() if key != "layer" or value not in layers])
     return f"{name}({', '.join(f'{key}={value!r}' for key, value in parameters.items())})"
 
 

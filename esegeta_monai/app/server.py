@@ -54,6 +54,7 @@ class App:
         self.worker = WorkerProcess(command, first, self._publish)
         self.views = Views(output)
         self._loaded: dict[int, dict[str, Any]] = {}
+        self._layers: list[str] = []
         self._listeners: dict[asyncio.Queue[dict[str, Any]], asyncio.AbstractEventLoop] = {}
         routes = [
             Route("/start", self.start),
@@ -62,6 +63,8 @@ class App:
             Route("/api/events", self.events),
             Route("/api/cases/{case:int}/view", self.view, methods=["POST"]),
             Route("/api/look", self.look, methods=["POST"]),
+            Route("/api/layers", self.layers, methods=["POST"]),
+            Route("/api/channels", self.channels, methods=["POST"]),
             Route("/api/costs", self.costs, methods=["POST"]),
             Route("/api/jobs", self.submit, methods=["POST"]),
             Route("/api/jobs/{job:int}/cancel", self.cancel, methods=["POST"]),
@@ -104,7 +107,7 @@ class App:
 
     async def state(self, _: Request) -> Response:
         """Return what the page shows first."""
-        jobs = [job.to_json() for job in list(self.worker.jobs.values()) if not job.hidden]
+        jobs = [self._public(job.to_json()) for job in list(self.worker.jobs.values()) if not job.hidden]
         return JSONResponse({"worker": self.worker.state(), "bundle": self.worker.opened, "jobs": jobs})
 
     async def events(self, _: Request) -> Response:
@@ -138,7 +141,9 @@ class App:
     def _public(self, job: dict[str, Any]) -> dict[str, Any]:
         """Return a job with ids in place of the paths of pages."""
         result = job["result"]
-        if result is not None and "pages" in result:
+        if result is not None and "channels" in result:  # the answer of the request has them
+            job = {**job, "result": {}}
+        elif result is not None and "pages" in result:
             pages = {name: self.views.add_file(Path(path)) for name, path in result["pages"].items()}
             job = {**job, "result": {k: v for k, v in result.items() if k != "index"} | {"pages": pages}}
         return job
@@ -173,6 +178,34 @@ class App:
         case = self.views.get(body["view"]).case
         answer = await self._ask({"do": "look", "case": case, "world": world}, "look")
         return JSONResponse({**answer, "world": world})
+
+    async def layers(self, request: Request) -> Response:
+        """Return the network's layers with shapes and times."""
+        case = (await _body(request)).get("case")
+        if not isinstance(case, int) or isinstance(case, bool) or not 0 <= case < len(self._opened()["cases"]):
+            raise HTTPException(404)
+        answer = await self._ask({"do": "layers", "case": case}, "layers")
+        self._layers = [layer["name"] for layer in answer["layers"]]
+        return JSONResponse(answer)
+
+    async def channels(self, request: Request) -> Response:
+        """Return the channels of a layer, by its place in the list of layers, at a voxel of a view."""
+        body = await _body(request)
+        world, view = self._world(body.get("view"), body.get("voxel")), self.views.get(body["view"])
+        layer, plane, order = body.get("layer"), body.get("plane"), body.get("order")
+        planes = view.data["planes"]
+        for number, size in ((layer, len(self._layers)), (plane, len(planes))):
+            if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < size:
+                raise HTTPException(400, "no such layer or plane")
+        if order not in ("activation", "relevance"):
+            raise HTTPException(400, "order is activation or relevance")
+        asked = {
+            **self._question({**body, "case": view.case}),
+            **{"do": "channels", "layer": self._layers[layer], "world": world, "order": order},
+            "plane": {key: planes[plane][key] for key in ("through", "across", "up", "mirrored")},
+        }
+        title = f"Relevance of the channels of {asked['layer']}"
+        return JSONResponse(await self._ask(asked, title, hidden=order == "activation"))
 
     # -- jobs ---------------------------------------------------------------------------------------------------
 
@@ -212,7 +245,7 @@ class App:
         if isinstance(body.get("box"), list):
             body["box"] = [self._world(view, corner) for corner in body["box"]]
         names = {int(index): name for index, name in opened["classes"].items()}
-        question = Question.of(body, len(opened["cases"]), names)
+        question = Question.of(body, len(opened["cases"]), names, self._layers)
         return {
             "case": question.case,
             "target": question.target,
@@ -242,9 +275,9 @@ class App:
             self._loaded[case] = await self._ask({"do": "load", "case": case}, "load")
         return self._loaded[case]
 
-    async def _ask(self, request: Mapping[str, Any], title: str) -> dict[str, Any]:
-        """Give the worker a job that the page does not list, and wait for its result."""
-        job: Job = self.worker.submit(request, title, hidden=True)
+    async def _ask(self, request: Mapping[str, Any], title: str, *, hidden: bool = True) -> dict[str, Any]:
+        """Give the worker a job, which the page does not list if it is hidden, and wait for its result."""
+        job: Job = self.worker.submit(request, title, hidden=hidden)
         while not await run_in_threadpool(job.finished.wait, 1.0):
             pass
         if job.result is None:

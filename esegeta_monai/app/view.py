@@ -20,6 +20,7 @@ from esegeta_monai.errors import UsageError
 from esegeta_monai.explain.record import Record
 from esegeta_monai.output.report.collect import CaseResults, Result, read_output
 from esegeta_monai.output.report.embed import embed
+from esegeta_monai.output.report.memo import Memo
 from esegeta_monai.output.report.page import viewer_context
 from esegeta_monai.output.report.render import VIEWER, environment, read_text
 from esegeta_monai.output.report.volumes import Packed
@@ -30,6 +31,8 @@ BUDGET = 60_000_000
 """Largest number of characters of the volumes of a view; they stay on this machine."""
 SHOWN = 4
 """Number of maps in the first view of a case: the newest."""
+VOLUMES = 20
+"""Number of things made for a view that are kept for the next one."""
 KEPT = 3
 """Number of views that are kept; a page shows the newest."""
 
@@ -44,7 +47,7 @@ TEMPLATES = FunctionLoader(lambda name: own_text(name) if name in ("page.html", 
 
 def page() -> tuple[str, str]:
     """Return the page and its content security policy."""
-    scripts = [read_text("theme.js"), *(read_text(name) for name in VIEWER), own_text("app.js")]
+    scripts = [read_text("theme.js"), *(read_text(name) for name in VIEWER), own_text("network.js"), own_text("app.js")]
     styles = [read_text("report.css"), own_text("app.css")]
     template = environment(TEMPLATES).get_template("page.html")
     html = template.render(scripts=[Markup(s) for s in scripts], styles=[Markup(s) for s in styles])  # our own files
@@ -80,6 +83,7 @@ class Views:
         self._views: OrderedDict[str, View] = OrderedDict()
         self._numbers: dict[tuple[str, str, str], int] = {}
         self._files: dict[str, Path] = {}
+        self._memo = Memo(KEPT * VOLUMES)
 
     def results(self, case: str) -> list[Result]:
         """Return the results of a case in the output folder, the oldest first."""
@@ -126,7 +130,7 @@ class Views:
             chosen = [r for r in with_map if self._number(case, r) in show]
         own = [_prediction(entry, loaded) for entry in loaded["prediction"]]
         results = CaseResults(case, [*own, *chosen], Path(loaded["scan"]))
-        embedded = embed(results, radiological=True, budget=BUDGET, effort=1)
+        embedded = embed(results, radiological=True, budget=BUDGET, effort=1, memo=self._memo)
         context = viewer_context(
             results, embedded, {id(r): None for r in results.explained}, self.output / "index.html"
         )

@@ -108,7 +108,7 @@ def parse_config(file: str | Path) -> dict[str, Any]:
     file = Path(file)
     try:
         if not file.is_file():  # a pipe or a device would be read for ever
-            raise ValueError("it is no regular file")
+            raise ValueError("it is no regular file" if file.exists() else "there is no such file")
         with file.open("rb") as stream:
             raw = stream.read(MAX_BYTES + 1)
         if len(raw) > MAX_BYTES:
@@ -144,17 +144,19 @@ def merged_config(files: Sequence[Path]) -> dict[str, Any]:
     return content
 
 
-def check_macros(config: Mapping[str, Any]) -> list[Path]:
+def check_macros(config: Mapping[str, Any], config_files: Sequence[Path] = ()) -> list[Path]:
     """Check that the macros of a config (``%id``, ``%file.json::id``) can be replaced within the limits.
 
     Args:
         config: the merged config; it is not changed.
+        config_files: the files that were merged, for messages.
 
     Returns:
         The files that macros read, each once. A relative path is relative to the working directory, as in MONAI.
 
     Raises:
-        UsageError: a file cannot be read, a macro names nothing, or the whole expands beyond the limits.
+        UsageError: a file cannot be read, a macro names nothing, or the whole expands beyond the limits. The message
+            begins with the file of the macro.
 
     >>> check_macros({"a": "%b", "b": [1, 2]})
     []
@@ -184,23 +186,40 @@ def check_macros(config: Mapping[str, Any]) -> list[Path]:
     def named(macro: str, where: str) -> Any:
         try:
             path, key = ConfigParser.split_path_id(ConfigParser.resolve_relative_ids(where, macro)[1:])
-        except ValueError as error:
-            raise UsageError(f"the macro {macro[:100]} of '{where[:100]}' cannot be replaced: {error}") from error
-        source: Any = config
-        if path:
-            file = Path(path)
-            if file not in files:
-                files[file] = parse_config(file)
-            source = files[file]
+            source: Any = config
+            if path:
+                file = Path(path)
+                if file not in files:
+                    files[file] = parse_config(file)
+                source = files[file]
+        except (ValueError, UsageError) as error:
+            raise UsageError(f"{shown(macro, where)} cannot be replaced: {error}") from error
         for part in key.split("::") if key else ():
             try:
                 source = source[int(part)] if isinstance(source, list) else source[part]
             except (KeyError, IndexError, ValueError, TypeError) as error:
-                raise UsageError(f"the macro {macro[:100]} of '{where[:100]}' names no entry") from error
+                expression = " (a macro names an entry; an expression begins with $)" if macro[1:2] in "$@" else ""
+                raise UsageError(f"{shown(macro, where)} names no entry{expression}") from error
         return source
+
+    def shown(macro: str, where: str) -> str:
+        return f"{_files_of(where, config_files)}the macro {macro[:100]} of '{where[:100]}'"
 
     visit(config, "", 0)
     return list(files)
+
+
+def _files_of(where: str, config_files: Sequence[Path]) -> str:
+    """Return the files that have an id, for the begin of a message: "configs/inference.json: "."""
+    own = where.partition("::")[0]
+    if own == ConfigParser.meta_key:
+        return "configs/metadata.json: "
+    ids = {
+        file: {key.lstrip("+~").replace("#", "::").partition("::")[0] for key in parse_config(file)}
+        for file in config_files
+    }
+    having = [file for file in config_files if own in ids[file]]
+    return "".join(f"{_shown(file)}: " for file in having[-1:])
 
 
 def config_entries(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -122,7 +122,7 @@ class BundleContents:
         self.configs = list(used)
         if used and (metadata := used[0].parent / "metadata.json").is_file():
             self.configs.append(metadata)
-        macros = check_macros(merged_config(used))
+        macros = check_macros(merged_config(used), used)
         self.configs += [file for file in macros if file.resolve() not in {f.resolve() for f in self.configs}]
 
     @property

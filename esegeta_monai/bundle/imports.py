@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,8 +18,11 @@ from pathlib import Path
 from types import ModuleType
 
 from esegeta_monai.errors import UsageError
+from esegeta_monai.utils.files import same_folder
 
 __all__ = ["MODULE_SUFFIXES", "BundleImports", "hiding_modules"]
+
+logger = logging.getLogger("esegeta_monai")
 
 MODULE_SUFFIXES = (*SOURCE_SUFFIXES, *EXTENSION_SUFFIXES)
 """Suffixes of the files that can be imported from a bundle; compiled Python (``.pyc``) is not among them."""
@@ -45,7 +49,8 @@ class BundleImports:
         """Put `root` first on `sys.path`; modules of the same name from elsewhere are removed and restored afterwards.
 
         If none had to be removed, the bundle's modules stay in `sys.modules`, so that its classes can be pickled. The
-        bundle's modules are compiled from their source; files in ``__pycache__`` are neither read nor written.
+        bundle's modules are compiled from their source; files in ``__pycache__`` are neither read nor written. If the
+        bundle's code changes the working folder, it is set back.
 
         Raises:
             UsageError: a file of the bundle hides a module of the standard library or of an installed package.
@@ -64,8 +69,11 @@ class BundleImports:
         path = list(sys.path)
         sys.path.insert(0, str(self.root))
         try:
-            yield
+            with same_folder() as moved:
+                yield
         finally:
+            if moved:
+                logger.warning("code of the bundle changed the working folder; it is set back")
             sys.path[:] = path
             self._loaded = {name: module for name, module in self._named(tops).items() if self._is_own(module)}
             if displaced:

@@ -100,7 +100,7 @@ class BundleReader:
         self._overridden = set(overrides)
         self.parser.update({**self._own_values(), **overrides})
         content: Any = self.parser.config
-        self.macro_files = tuple(check_macros(content))
+        self.macro_files = tuple(check_macros(content, self.config_files))
         try:
             self.parser.resolve_macro_and_relative_ids()
         except (KeyError, IndexError, ValueError) as error:

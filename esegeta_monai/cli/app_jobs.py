@@ -47,7 +47,17 @@ KEPT = 2
 """Number of cases whose image and prediction stay in memory."""
 SHOWN_CLASSES = 12
 """Largest number of predicted classes that are shown as maps of the prediction."""
-OPTIONS = ("config", "override", "folds", "step_size", "previous_stage", "device", "network_output", "head")
+OPTIONS = (
+    "config",
+    "override",
+    "folds",
+    "step_size",
+    "previous_stage",
+    "device",
+    "network_output",
+    "layer_axes",
+    "head",
+)
 
 
 @dataclass
@@ -108,7 +118,7 @@ class Resident:
     def load(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Preprocess and predict a case; write scan and prediction on the scan's grid for the viewer."""
         index = request["case"]
-        loaded = self._case(index)
+        loaded = self.case(index)
         name, predicted = self.cases[index].name, loaded.predicted
         image = loaded.prepared.image
         placed = has_metadata(image, loaded.volume)
@@ -155,8 +165,8 @@ class Resident:
 
     def look(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Return the network's classes at a place, the largest output first."""
-        loaded = self._case(request["case"])
-        predicted, place = loaded.predicted, self._voxel(loaded, request["world"])
+        loaded = self.case(request["case"])
+        predicted, place = loaded.predicted, self.voxel(loaded, request["world"])
         if tuple(predicted.prediction.shape[1:]) != tuple(loaded.prepared.image.shape[1:]):
             values = predicted.prediction.flatten(1).mean(1)
         else:
@@ -164,13 +174,13 @@ class Resident:
             values = predicted.prediction[at]
         return {"voxel": place, "scores": self._scores(predicted, values)}
 
-    def _case(self, index: int) -> LoadedCase:
+    def case(self, index: int) -> LoadedCase:
         """Return a case, whose preprocessing and prediction are computed once."""
         if index in self._loaded:
             self._loaded.move_to_end(index)
             return self._loaded[index]
         prepared = explain.prepared_case(self.reader, self.preprocess, self.cases[index], self.output)
-        options = self._options("explain", index, [], [])
+        options = self.options("explain", index)
         settings = explain.explainer_for(self.reader, options).settings
         batch = BatchInputs(prepared.image[None], **prepared.given)
         predicted = Prediction(settings, next(batch.cases(settings.output, settings.postprocessing.keys)))
@@ -230,7 +240,7 @@ class Resident:
             scores.append({"class": index, "name": name, "output": output, "probability": probability})
         return scores
 
-    def _voxel(self, loaded: LoadedCase, world: Sequence[float]) -> tuple[int, ...]:
+    def voxel(self, loaded: LoadedCase, world: Sequence[float]) -> tuple[int, ...]:
         """Return the voxel of the network's grid at a place, mm.
 
         Raises:
@@ -280,7 +290,8 @@ class Resident:
             argv += ["--target", target]
         return argv
 
-    def _options(self, name: str, case: int, methods: Sequence[str], targets: Sequence[str]) -> Namespace:
+    def options(self, name: str, case: int, methods: Sequence[str] = (), targets: Sequence[str] = ()) -> Namespace:
+        """Return the parsed arguments of a command on a case."""
         return self._parsed(self._argv(name, case, methods, targets))
 
     def _parsed(self, argv: Sequence[str]) -> Namespace:
@@ -329,7 +340,7 @@ class Resident:
         cases = find_cases(options.input, (), leave_out=None)
         if [c.files for c in cases] != [self.cases[request["case"]].files]:
             raise UsageError(f"the command line cannot name this case: {self.cases[request['case']].name}")
-        loaded = self._case(request["case"])
+        loaded = self.case(request["case"])
         with RunLog("ERROR") as log:
             writer = explain.explain_cases(
                 self.reader,
@@ -366,7 +377,7 @@ class Resident:
         methods, targets = explain.requested(options)
         chosen = explain.bundle_targets(self.reader) if targets is None else targets
         check_layers(self.network, [*methods, *chosen])
-        prepared = self._case(request["case"]).prepared
+        prepared = self.case(request["case"]).prepared
         explainer = explain.explainer_for(self.reader, options)
         estimates = explainer.costs(prepared.image[None], methods, chosen, calibration=1.0, **prepared.given)
         costs = [asdict(cost) for cost in estimates]
@@ -392,8 +403,8 @@ class Resident:
         if request.get("box") is None:
             return request
         index = request["case"]
-        loaded, name = self._case(index), safe_name(self.cases[index].name)
-        corners = np.array([self._voxel(loaded, corner) for corner in request["box"]])
+        loaded, name = self.case(index), safe_name(self.cases[index].name)
+        corners = np.array([self.voxel(loaded, corner) for corner in request["box"]])
         low, high = corners.min(0), corners.max(0) + 1
         image = loaded.prepared.image
         mask = np.zeros(image.shape[1:], dtype=np.uint8)

@@ -15,8 +15,10 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+from esegeta_monai.cli import app_layers
 from esegeta_monai.cli.app_jobs import Resident
 from esegeta_monai.cli.log import reason
 from esegeta_monai.engine.progress import RunObserver, observed
@@ -122,6 +124,8 @@ def _job(resident: Resident, name: str) -> Callable[[Mapping[str, Any]], dict[st
         "explain": resident.explain,
         "evaluate": resident.evaluate,
         "report": resident.report,
+        "layers": partial(app_layers.layers, resident),
+        "channels": partial(app_layers.channels, resident),
     }
     return jobs[name]
 

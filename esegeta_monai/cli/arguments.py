@@ -108,6 +108,14 @@ def add_network(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help="output to explain if the network has several: its number, key, or path (classification.0)",
     )
+    parser.add_argument(
+        "--layer-axes",
+        action="append",
+        default=[],
+        metavar="LAYER: AXES",
+        help="axes of a layer's output where they cannot be found out: 'encoder: n x y z c' (channels last), 'vit.3: n "
+        "1+(x=4 y=4 z=2) c' (tokens after a class token); can be repeated",
+    )
 
 
 def add_head(parser: argparse.ArgumentParser) -> None:

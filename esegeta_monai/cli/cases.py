@@ -26,7 +26,7 @@ from esegeta_monai.files.grids.probe import Pipeline
 from esegeta_monai.utils.files import refuse_remote
 from esegeta_monai.utils.names import SCAN_SUFFIXES, one_line
 
-__all__ = ["PreparedCase", "Preprocessor", "ScanCase", "find_cases"]
+__all__ = ["PreparedCase", "Preprocessor", "ScanCase", "file_of_case", "find_cases", "fitting_files"]
 
 
 @dataclass(frozen=True)
@@ -187,6 +187,39 @@ def _common_name(files: Sequence[Path]) -> str:
     return name or Path(os.path.abspath(files[0])).parent.name or "case"
 
 
+def file_of_case(what: str, text: str, case: ScanCase, data: Mapping[str, Any]) -> str:
+    """Return the given file or data key, or the file of a folder whose name begins with the case's name.
+
+    Args:
+        what: the option, without dashes.
+        text: its value.
+        case: the case.
+        data: its data dictionary.
+
+    Raises:
+        UsageError: no such file or folder, or not exactly one fitting file in the folder.
+    """
+    path = Path(text)
+    if not path.is_dir():
+        if not path.exists() and text not in data:
+            raise UsageError(f"--{what} {text}: no such file or folder")
+        return text
+    fitting = fitting_files(path, case.name)
+    if len(fitting) != 1:
+        listed = ", ".join(f.name for f in fitting[:5]) or "none"
+        raise UsageError(
+            f"--{what} {path.name}: expected one file named {case.name}.nii.gz or {case.name}_….nii.gz, found: {listed}"
+        )
+    return str(fitting[0])
+
+
+def fitting_files(folder: Path, case: str) -> list[Path]:
+    """Return the files of a folder that are named like a case, else those whose name begins with it."""
+    names = {file: storage.case_name(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+    exact = [file for file, name in names.items() if name == case]
+    return exact or [f for f, n in names.items() if n.startswith(case) and not n[len(case) :][:1].isalnum()]
+
+
 @dataclass
 class PreparedCase:
     """A case that is ready to be explained.
@@ -250,8 +283,8 @@ class Preprocessor:
             near = np.allclose(np.asarray(scan.affine), np.asarray(first.affine), rtol=1e-3, atol=1e-3)
             if scan.shape[1:] != first.shape[1:] or not near:
                 raise InputError(
-                    f"{file} is not on the grid of {case.files[0].name}: register and resample the channels of a case "
-                    "to one grid first"
+                    f"'{file}' is not on the grid of '{case.files[0].name}': register and resample the channels of a "
+                    "case to one grid first"
                 )
         return first if len(scans) == 1 else MetaTensor(torch.cat([s.as_tensor() for s in scans]), meta=first.meta)
 

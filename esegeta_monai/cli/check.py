@@ -14,6 +14,7 @@ from esegeta_monai.cli.cases import Preprocessor, find_cases
 from esegeta_monai.cli.explain import output_use
 from esegeta_monai.cli.look import scan_or_noise
 from esegeta_monai.cli.reading import open_reader
+from esegeta_monai.cli.values import layer_axes
 from esegeta_monai.engine.checks.base import CheckResult
 from esegeta_monai.engine.network.state import unwrap
 from esegeta_monai.errors import UsageError
@@ -47,6 +48,7 @@ def run(args: Namespace, *_: object) -> int:
         output=args.network_output,
         class_names=reader.class_names,
         head=args.head,
+        layer_axes=layer_axes(args.layer_axes),
         postprocessing=output_use(reader),
     )
     if args.input is None:

@@ -1,14 +1,17 @@
-"""``esegeta-monai concepts``: the most relevant channels of a layer over scans, with the regions that show them."""
+"""``esegeta-monai concepts``: the most relevant channels of a layer over scans, with the regions that show them; with
+``--concept``, tests of given concepts; with ``--find``, concepts that are found."""
 
 from __future__ import annotations
 
 import logging
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 from monai.data import MetaTensor
 
 import esegeta_monai.files as storage
+from esegeta_monai.cli import concept_tests
 from esegeta_monai.cli.cases import Preprocessor, ScanCase, find_cases
 from esegeta_monai.cli.explain import bundle_targets, check_layers, each_case, explainer_for, open_log
 from esegeta_monai.cli.log import RunLog
@@ -38,19 +41,29 @@ def run(args: Namespace, log: RunLog) -> int:
     cases = find_cases(args.input, [name for _, name in sorted(reader.channel_names.items())], leave_out=output)
     targets = TARGETS.create_all(",".join(targets_of(args))) if args.target else bundle_targets(reader)
     storage.writable_folder(output)
-    check_layers(reader.network, [ConceptRelevance(args.layer), *targets])
+    given = bool(args.concept or args.concept_cases)
+    if given and args.find:
+        raise UsageError("--find looks for concepts, --concept tests given ones: run one after the other")
+    if not given and args.layer and len(args.layer) > 1:
+        raise UsageError("several layers are tested with --concept only: give --layer once")
+    check_layers(reader.network, [*map(ConceptRelevance, args.layer or ()), *targets])
     preprocess, explainer = Preprocessor(reader), explainer_for(reader, args)
     open_log(log, reader, cases, output)
+    if given or args.find:
+        run_other = concept_tests.test if given else concept_tests.find
+        return run_other(args, log, reader, cases, targets, explainer)
+    layer = args.layer[0] if args.layer else None
     entries: list[CaseConcepts] = []
     scans: dict[str, ScanCase] = {case.name: case for case in cases}
     problems: list[str] = []
 
-    def batch(case: ScanCase) -> MetaTensor:
-        image = preprocess(case)[1]
-        return MetaTensor(image.as_tensor()[None], affine=image.affine)
+    def batch(case: ScanCase) -> tuple[MetaTensor, dict[str, Any]]:
+        image, data = preprocess(case)[1:]
+        return MetaTensor(image.as_tensor()[None], affine=image.affine), reader.case_arguments(image, data)
 
     def see(case: ScanCase) -> None:
-        entries.extend(case_concepts(explainer, batch(case), case.name, targets, args.layer))
+        image, inputs = batch(case)
+        entries.extend(case_concepts(explainer, image, case.name, targets, layer, **inputs))
 
     def failed(case: str, error: Exception) -> None:
         problems.append(f"{case}: {error}")
@@ -66,8 +79,8 @@ def run(args: Namespace, log: RunLog) -> int:
             best = sorted(alike, key=lambda e: -float(e.share[channel]))[: args.regions]
             shown: list[RegionEntry] = []
             for entry in best:
-                image = batch(scans[entry.case])
-                region = channel_region(explainer, image, targets, entry, channel)
+                image, inputs = batch(scans[entry.case])
+                region = channel_region(explainer, image, targets, entry, channel, **inputs)
                 shown.append(region_entry(region, image, output))
             rows.append(ChannelEntry(name, alike[0].layer, channel, share, len(alike), shown))
     page = write_gallery(output, rows, entries)

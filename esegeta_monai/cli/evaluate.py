@@ -22,7 +22,7 @@ from esegeta_monai.cli.arguments import (
     heartbeat_of,
     part_id,
 )
-from esegeta_monai.cli.cases import Preprocessor, ScanCase, find_cases
+from esegeta_monai.cli.cases import Preprocessor, ScanCase, file_of_case, find_cases
 from esegeta_monai.cli.explain import (
     bundle_targets,
     each_case,
@@ -32,6 +32,7 @@ from esegeta_monai.cli.explain import (
 )
 from esegeta_monai.cli.log import RunLog
 from esegeta_monai.cli.reading import open_reader, register_trusted, targets_of
+from esegeta_monai.cli.values import region_names
 from esegeta_monai.engine.labels import label_on_grid
 from esegeta_monai.engine.score import Case
 from esegeta_monai.errors import EsegetaError, InputError, UsageError
@@ -100,7 +101,7 @@ def _evaluate(args: Namespace, log: RunLog, ranks: Processes, reader: BundleRead
     if targets is None:
         targets = earlier.targets if earlier else bundle_targets(reader)
     check_layers(reader.network, [*methods, *targets])
-    region_names = _region_names(args.region_names)
+    names_of_regions = region_names(args.region_names)
     evaluator = Evaluator(
         explainer_for(reader, args),
         ",".join(args.metrics) if args.metrics else None,
@@ -124,7 +125,7 @@ def _evaluate(args: Namespace, log: RunLog, ranks: Processes, reader: BundleRead
             case.name,
             problems=problems,
             maps=maps,
-            region_names=region_names,
+            region_names=names_of_regions,
             label_value=args.label_value,
             **_beside(args, case, image, data),
             **reader.case_arguments(image, data),
@@ -168,7 +169,7 @@ def _beside(args: Namespace, case: ScanCase, image: MetaTensor, data: Mapping[st
         if text is None:
             masks[what] = None
         else:
-            masks[what] = label_on_grid(_file_of(what, text, case, data), image.as_tensor(), context)
+            masks[what] = label_on_grid(file_of_case(what, text, case, data), image.as_tensor(), context)
     return masks
 
 
@@ -186,35 +187,6 @@ def _check_place(image: MetaTensor, scan: Path | MetaTensor) -> None:
         raise InputError(result.text)
     if result.verdict == "warned":
         logger.warning("%s", result.text)
-
-
-def _file_of(what: str, text: str, case: ScanCase, data: Mapping[str, Any]) -> str:
-    """Return the given file, or the file of a folder whose name begins with the case's name."""
-    path = Path(text)
-    if not path.is_dir():
-        if not path.exists() and text not in data:
-            raise UsageError(f"--{what} {text}: no such file or folder")
-        return text
-    names = {file: storage.case_name(file) for file in sorted(path.rglob("*")) if file.is_file()}
-    exact = [file for file, name in names.items() if name == case.name]
-    near = [f for f, n in names.items() if n.startswith(case.name) and not n[len(case.name) :][:1].isalnum()]
-    fitting = exact or near
-    if len(fitting) != 1:
-        listed = ", ".join(f.name for f in fitting[:5]) or "none"
-        raise UsageError(
-            f"--{what} {path.name}: expected one file named {case.name}.nii.gz or {case.name}_….nii.gz, found: {listed}"
-        )
-    return str(fitting[0])
-
-
-def _region_names(text: str | None) -> dict[int, str] | None:
-    """Parse ``1=liver,2=spleen``."""
-    if text is None:
-        return None
-    parts = [[word.strip() for word in part.split("=", 1)] for part in text.split(",")]
-    if any(len(part) < 2 or not part[0].isdigit() or not part[1] for part in parts):
-        raise UsageError(f"--region-names {text!r}: write NUMBER=NAME,NUMBER=NAME")
-    return {int(number): name for number, name in parts}
 
 
 # -- maps of an earlier run ----------------------------------------------------------------------------------------

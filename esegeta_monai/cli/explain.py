@@ -18,7 +18,7 @@ from esegeta_monai.cli.cases import PreparedCase, Preprocessor, ScanCase, find_c
 from esegeta_monai.cli.log import RunLog, reason
 from esegeta_monai.cli.reading import open_reader, register_trusted, targets_of
 from esegeta_monai.cli.report import tell_altered
-from esegeta_monai.cli.values import overrides
+from esegeta_monai.cli.values import layer_axes, overrides
 from esegeta_monai.engine.head import Postprocessing
 from esegeta_monai.engine.network.model import out_of_memory
 from esegeta_monai.engine.network.state import unwrap, weights_hash
@@ -250,6 +250,7 @@ def explainer_for(reader: BundleReader, options: Namespace) -> Explainer:
         head=options.head,
         postprocessing=output_use(reader),
         agreement=getattr(options, "agreement", False),
+        layer_axes=layer_axes(options.layer_axes),
     )
 
 

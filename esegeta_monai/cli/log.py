@@ -30,8 +30,8 @@ def print_every_character() -> None:
     """Let standard output and error accept every character, whatever the locale is.
 
     In a container without a locale Python may encode them as ASCII, and a formula or the name of a scan would end the
-    program. What the stream's encoding cannot express is then printed as an escape such as ``\\u03a3``; an ASCII stream
-    becomes UTF-8, as Python itself does in the C locale (PEP 540).
+    program. Characters that the encoding cannot express are then printed as an escape such as ``\\u03a3``; an ASCII
+    stream becomes UTF-8, as Python itself does in the C locale (PEP 540).
     """
     for stream in (sys.stdout, sys.stderr):
         if not isinstance(stream, io.TextIOWrapper):  # replaced by a notebook or by the program that calls us

@@ -19,7 +19,7 @@ from esegeta_monai.bundle.static import StaticBundle, describe_nnunet
 from esegeta_monai.cli.cases import Preprocessor, find_cases
 from esegeta_monai.cli.reading import check_options, open_reader
 from esegeta_monai.cli.trust import listing
-from esegeta_monai.cli.values import overrides
+from esegeta_monai.cli.values import layer_axes, overrides
 from esegeta_monai.engine.default_layer import default_layer, layer_shapes
 from esegeta_monai.engine.network.model import Model
 from esegeta_monai.engine.network.state import frozen, unwrap
@@ -79,7 +79,7 @@ def run_layers(args: Namespace, *_: object) -> int:
         plan = plan_windows(inferer, image.shape[1:], torch.float32)
         window = plan.cut(image, 0)
         plan = plan_windows(inferer, window.shape[1:], torch.float32)
-        model = Model(network, reader.device, output=args.network_output)
+        model = Model(network, reader.device, output=args.network_output, layer_axes=layer_axes(args.layer_axes))
         with torch.inference_mode():
             axis = plan.slice_axis
             condition = reader.sample_condition(window.shape[1:])

@@ -79,6 +79,12 @@ COMMANDS = (
         parsers.add_concepts,
         "concepts:run",
     ),
+    Command(
+        "cohort",
+        "analyse the maps of several cases together: regions, clusters, groups, common space",
+        parsers.add_cohort,
+        "cohort:run",
+    ),
     Command("merge-runs", "join the parts of a run", parsers.add_merge_runs, "merge_runs:run"),
     Command("app", "open a page on which a click on a voxel asks the network why", parsers.add_app, "app:run"),
     Command("demo", "compare a network that uses a shortcut with one that does not", parsers.add_demo, "demo:run"),
@@ -108,6 +114,12 @@ COMMANDS = (
         "write the config file with which 'monai.bundle run' explains a bundle",
         parsers.add_overlay,
         "overlay:run",
+    ),
+    Command(
+        "import-esegeta",
+        "turn a configuration of TorchEsegeta into a bundle's overlay",
+        parsers.add_import_esegeta,
+        "import_esegeta:run",
     ),
     Command("merge", "merge a bundle's config and its overlay into one file", parsers.add_merge, "overlay:run_merge"),
 )

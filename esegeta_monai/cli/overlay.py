@@ -33,7 +33,7 @@ from esegeta_monai.errors import EsegetaError, UsageError
 from esegeta_monai.utils.files import atomic
 from esegeta_monai.utils.leftovers import remove_leftovers
 
-__all__ = ["run", "run_merge"]
+__all__ = ["free_file", "read_bundle", "run", "run_merge", "unevaluated_config", "write_text"]
 
 
 def run(args: Namespace, *_: object) -> int:
@@ -58,21 +58,21 @@ def run(args: Namespace, *_: object) -> int:
         )
     if not args.bundle:
         text = shipped_overlay(name).read_text(encoding="utf-8")
-        target = _free(Path(args.output), name, text)
-        _write(target, text)
+        target = free_file(Path(args.output), name, text)
+        write_text(target, text)
         print(f"Wrote {target} for bundles with a list named handlers. --bundle DIR adapts the overlay to any bundle.")
         return 0
-    reader, config = _reader(args), _config(args)
+    reader, config = read_bundle(args), unevaluated_config(args)
     overlay = fitted_overlay(config, reader.metadata, name)
     text = json.dumps(overlay, indent=4, ensure_ascii=False) + "\n"
-    target = _free(Path(args.output) if args.output else reader.bundle_dir / "configs" / name, name, text)
+    target = free_file(Path(args.output) if args.output else reader.bundle_dir / "configs" / name, name, text)
     second, more_text = None, ""
     if args.multi_gpu:
         more_text = json.dumps(multi_gpu_overlay(config), indent=4) + "\n"
-        second = _free(target.with_name(MULTI_GPU_OVERLAY), name, more_text)
-    _write(target, text)
+        second = free_file(target.with_name(MULTI_GPU_OVERLAY), name, more_text)
+    write_text(target, text)
     if second is not None:
-        _write(second, more_text)
+        write_text(second, more_text)
     print("\n".join(f"  {title:<9} {text}" for title, text in description(reader, config, overlay).items()))
     print("\n".join(listing(BundleContents(args.bundle, args.config))))
     written = [_shown(file, reader) for file in (target, second) if file is not None]
@@ -96,8 +96,8 @@ def _write_folder_config(args: Namespace) -> int:
     elif args.output is None:
         raise UsageError("overlay --totalsegmentator needs --output FILE")
     text = json.dumps(folder_config(args), indent=4, ensure_ascii=False) + "\n"
-    target = _free(Path(args.output or args.nnunet), OVERLAY, text)
-    _write(target, text)
+    target = free_file(Path(args.output or args.nnunet), OVERLAY, text)
+    write_text(target, text)
     print(f"Wrote {target}. Run:")
     print(f"  python -m monai.bundle run --config_file {target} --scans \"['scan.nii.gz']\"")
     print("Append settings as options: --explain_methods \"['Saliency']\" --explain_output_dir explained")
@@ -106,13 +106,13 @@ def _write_folder_config(args: Namespace) -> int:
 
 def run_merge(args: Namespace, *_: object) -> int:
     """Write one config file: the bundle's own files, followed by the overlay or the files of ``--add``."""
-    reader, merged = _reader(args), _config(args)
+    reader, merged = read_bundle(args), unevaluated_config(args)
     added = [parse_config(_existing(reader, file)) for file in args.add or ()]
     for content in added or [fitted_overlay(merged, reader.metadata)]:
         for key, value in content.items():
             merge_kv(merged, key, value)
-    target = _free(Path(args.output))
-    _write(target, json.dumps(merged.config, indent=4, ensure_ascii=False) + "\n")
+    target = free_file(Path(args.output))
+    write_text(target, json.dumps(merged.config, indent=4, ensure_ascii=False) + "\n")
     print(f"Wrote {target}: {', '.join(f.name for f in reader.config_files)} and the explanation in one config.")
     return 0
 
@@ -158,16 +158,16 @@ def _tried(what: Callable[[], str]) -> str:
         return f"not known from the config: {error}"
 
 
-def _reader(args: Namespace) -> BundleReader:
+def read_bundle(args: Namespace) -> BundleReader:
     if not (Path(args.bundle) / "configs").is_dir():
         raise UsageError(f"no bundle at {args.bundle}: it has no folder configs")
     return BundleReader(args.bundle, args.config, overrides(args.override), weights="optional")
 
 
-def _config(args: Namespace) -> ConfigParser:
+def unevaluated_config(args: Namespace) -> ConfigParser:
     """Return the unevaluated config of the bundle's files, with the overrides only."""
     parser = ConfigParser()
-    parser.read_config(merged_config(_reader(args).config_files))
+    parser.read_config(merged_config(read_bundle(args).config_files))
     content: Any = parser.config
     content.pop(ConfigParser.meta_key, None)
     parser.update(overrides(args.override))
@@ -188,7 +188,7 @@ def _shown(file: Path, reader: BundleReader) -> str:
     return place.relative_to(reader.bundle_dir).as_posix() if inside else str(place)
 
 
-def _free(target: Path, name: str = OVERLAY, text: str | None = None) -> Path:
+def free_file(target: Path, name: str = OVERLAY, text: str | None = None) -> Path:
     """Return the path to write to; raise an error if it exists with other content than ``text``."""
     target = target / name if target.is_dir() else target
     if target.exists() and not (text is not None and target.is_file() and target.read_bytes() == text.encode()):
@@ -196,7 +196,7 @@ def _free(target: Path, name: str = OVERLAY, text: str | None = None) -> Path:
     return target
 
 
-def _write(target: Path, text: str) -> None:
+def write_text(target: Path, text: str) -> None:
     remove_leftovers(target.parent)
     with atomic(target) as temporary:
         temporary.write_text(text, encoding="utf-8")

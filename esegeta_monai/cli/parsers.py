@@ -21,10 +21,12 @@ from esegeta_monai.cli.arguments import (
 __all__ = [
     "add_app",
     "add_check",
+    "add_cohort",
     "add_concepts",
     "add_demo",
     "add_evaluate",
     "add_explain",
+    "add_import_esegeta",
     "add_info",
     "add_layers",
     "add_merge",
@@ -210,6 +212,71 @@ def _fraction(text: str) -> float:
     return value
 
 
+COHORT_DESCRIPTION = """Analyses the maps of an output folder over its cases, for each target and method: shares of
+regions, similarity of maps, clusters (SpRAy), outliers, and tests between two groups of patients. With a common space
+also mean and variance maps, and tests of voxels. It writes cohort.html, tables and maps into OUTPUT/cohort."""
+
+
+COHORT_EPILOG = """transforms (from the reference to the scan, as ITK and ANTs write them when the reference is fixed):
+  identity                   the scans are in the space of the reference already
+  transforms/                a folder with CASE….mat, .txt, .tfm, .h5, or a displacement field CASE….nii.gz; of ANTs
+                             also CASE_0GenericAffine.mat and CASE_1Warp.nii.gz together
+  CASE=warp.nii.gz,a.mat     files of one case, in the order of 'antsApplyTransforms -t': the last one is applied first
+
+groups:
+  a CSV with the columns case and group (two names), and where known patient (the unit of a test), site (patients are
+  permuted within sites), and other variables, such as scanner, which clusters are compared with
+
+exit codes: 0 all cases were used, or had an empty target; 1 some case is missing, failed or was altered; 2 usage error
+"""
+
+
+def add_cohort(parser: ArgumentParser) -> None:
+    """Add the arguments of ``cohort``."""
+    parser.description, parser.epilog = COHORT_DESCRIPTION, COHORT_EPILOG
+    parser.add_argument("output", metavar="OUTPUT", help="the output folder of 'explain'")
+    parser.add_argument("--write-to", metavar="DIR", help="folder of the results (default: OUTPUT/cohort)")
+    parser.add_argument("--space", metavar="REFERENCE", help="image of the common space; needs --transforms")
+    parser.add_argument("--transforms", nargs="+", metavar="T", help="how the scans get there (see below)")
+    parser.add_argument(
+        "--regions",
+        metavar="FILE",
+        help="folder of label maps (CASE.nii.gz), or one label map in the common space (default: tables of 'evaluate')",
+    )
+    parser.add_argument("--region-names", metavar="N=NAME,...", help="names of region values, such as 1=liver,2=spleen")
+    parser.add_argument("--groups", metavar="CSV", help="table of cases with two groups (see below)")
+    parser.add_argument(
+        "--correction",
+        choices=("max", "BH", "BY"),
+        default="max",
+        help="of tests of regions: family-wise by the largest |t|, or the false discovery rate (default: max)",
+    )
+    parser.add_argument(
+        "--voxels",
+        choices=("max-t", "cluster-mass"),
+        default="max-t",
+        help="test of voxels in the common space (default: max-t)",
+    )
+    parser.add_argument("--level", type=float, default=0.05, metavar="P", help="significance level (default: 0.05)")
+    parser.add_argument(
+        "--permutations", type=count, default=1999, metavar="N", help="permutations of patients (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--extent",
+        type=float,
+        metavar="MM",
+        help="edge of the cube around the target in which maps are compared, without a common space (default: the "
+        "largest field of view)",
+    )
+    parser.add_argument(
+        "--target", action="append", metavar="NAME", help="only this target, as in run.json; repeatable"
+    )
+    parser.add_argument(
+        "--method", action="append", metavar="NAME", help="only this method, as in run.json; repeatable"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all random numbers (default: 0)")
+
+
 MERGE_RUNS_DESCRIPTION = """\
 Writes OUTPUT/run.json from the journals of all parts (--num-parts, --part-id) that wrote into OUTPUT. If the parts had
 output folders of their own, give these too: their maps, records and rows of metrics.csv are copied into OUTPUT first.
@@ -220,21 +287,69 @@ CONCEPTS_DESCRIPTION = """\
 Lists the channels of a layer through which most relevance of the target flows (concept relevance propagation), as the
 mean share over the scans, and for each channel the scans with the largest shares: one region a scan, as large as the
 receptive field of the channel's unit. It writes OUTPUT/concepts.html, pictures, and OUTPUT/concepts.csv with the share
-of every channel in every scan."""
+of every channel in every scan.
+
+With --concept or --concept-cases it tests whether the network uses given concepts (TCAV), against random ones, and
+writes OUTPUT/concept_tests.html, .csv and .json. With --find it looks for concepts that parts of many scans share (ACE
+or CRAFT), and writes OUTPUT/found_concepts.html, .csv, .json and pictures."""
+
+
+CONCEPTS_EPILOG = """concepts:
+  --concept tumour=masks/       a folder with one mask for each scan that shows it (named as the scan, or SCAN_...), or
+                                one file on the grid of all scans; above 0 is the concept. Scans without a mask are
+                                explained, but are no examples. At least 4 scans need a mask.
+  --concept-cases motion=ill/   scans that show the concept as a whole; the others of --input are without it
+
+exit codes: 0 all done; 1 a scan failed (the others are complete); 2 usage error, or too few scans
+"""
 
 
 def add_concepts(parser: ArgumentParser) -> None:
     """Add the arguments of ``concepts``."""
-    parser.description = CONCEPTS_DESCRIPTION
+    parser.description, parser.epilog = CONCEPTS_DESCRIPTION, CONCEPTS_EPILOG
     add_model(parser)
     parser.add_argument("--input", nargs="+", required=True, metavar="INPUT", help="scans, as for 'explain'")
     parser.add_argument("--output", required=True, metavar="DIR", help="output folder; created if missing")
-    parser.add_argument("--layer", metavar="NAME", help="layer (default: chosen for the network, see 'layers')")
+    parser.add_argument(
+        "--layer",
+        action="append",
+        metavar="NAME",
+        help="layer (default: chosen for the network, see 'layers'); with --concept it may be repeated",
+    )
     parser.add_argument("--target", metavar="TARGET", help="target (default: every predicted class except background)")
     parser.add_argument(
         "--channels", type=count, default=8, metavar="N", help="channels to show (default: %(default)s)"
     )
     parser.add_argument("--regions", type=count, default=4, metavar="N", help="scans for each channel (default: 4)")
+    parser.add_argument(
+        "--concept", action="append", metavar="NAME=MASKS", help="test a concept that masks mark; may be repeated"
+    )
+    parser.add_argument(
+        "--concept-cases", action="append", metavar="NAME=SCANS", help="test a concept that whole scans show"
+    )
+    parser.add_argument(
+        "--body", metavar="FILE", help="where random concepts may be: a mask, or a folder (default: the foreground)"
+    )
+    parser.add_argument("--random", type=count, default=199, metavar="K", help="random concepts (default: %(default)s)")
+    parser.add_argument(
+        "--statistic", choices=("share", "mean"), default="share",
+        help="what is tested: the share of scans in which the score rises along the concept, or the mean rise; choose "
+        "before looking (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--where", choices=("mask", "everywhere"), default="mask",
+        help="add the concept to the layer within its mask, or everywhere (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--alpha", type=_fraction, default=0.05, metavar="P",
+        help="level of all tests together, by Holm (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--find", choices=("ACE", "CRAFT"), help="find concepts by clustering, or by factorisation")
+    parser.add_argument("--concepts", type=count, default=8, metavar="N", help="concepts to find (default: 8)")
+    parser.add_argument(
+        "--units", default="supervoxels(n_segments=100)", metavar="SPEC",
+        help="parts of a scan for --find, such as 'grid(size=16)' (default: %(default)s)",
+    )  # fmt: skip
     add_network(parser)
     add_head(parser)
     add_computing_options(parser)
@@ -291,7 +406,7 @@ def add_demo(parser: ArgumentParser) -> None:
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:1 (default: cuda if available)")
     add_trust(parser)
     add_run_options(parser)
-    parser.set_defaults(config=None, override=None, network_output=None, head=None, share="cases")
+    parser.set_defaults(config=None, override=None, network_output=None, layer_axes=[], head=None, share="cases")
 
 
 def add_table(parser: ArgumentParser) -> None:
@@ -378,6 +493,20 @@ def add_overlay(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--path", action="store_true", help="write nothing; print the path of the overlay in the package"
     )
+
+
+def add_import_esegeta(parser: ArgumentParser) -> None:
+    """Add the arguments of ``import-esegeta``."""
+    parser.add_argument("config_file", metavar="CONFIG", help="JSON configuration of TorchEsegeta")
+    add_bundle(parser, required=True)
+    parser.add_argument("--all", action="store_true", help='also methods with "use": false')
+    parser.add_argument(
+        "--layer",
+        action="append",
+        metavar="THEIRS=OURS",
+        help="the name of a layer in this network, such as Conv5=model.4; may be repeated",
+    )
+    parser.add_argument("--output", metavar="FILE", help="output file (default: explain.json in DIR/configs)")
 
 
 def add_merge(parser: ArgumentParser) -> None:

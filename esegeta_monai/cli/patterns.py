@@ -9,6 +9,7 @@ from pathlib import Path
 from esegeta_monai.cli.cases import Preprocessor, find_cases
 from esegeta_monai.cli.reading import open_reader
 from esegeta_monai.cli.trust import trust_changes
+from esegeta_monai.cli.values import layer_axes
 from esegeta_monai.engine.network.model import Model
 from esegeta_monai.engine.network.state import frozen, unwrap
 from esegeta_monai.engine.objective import Objective
@@ -29,7 +30,7 @@ def run(args: Namespace, *_: object) -> int:
         raise UsageError(f"{target.parent} is not a folder: create it first")
     cases = find_cases(args.input, [name for _, name in sorted(reader.channel_names.items())])
     network, preprocess = unwrap(reader.network), Preprocessor(reader)
-    model = Model(network, reader.device, output=args.network_output)
+    model = Model(network, reader.device, output=args.network_output, layer_axes=layer_axes(args.layer_axes))
 
     def objectives() -> Iterator[Objective]:
         for case in cases:

@@ -44,7 +44,7 @@ def label_on_grid(what: str | Path | Tensor, prediction: Tensor, case: Case) -> 
     if isinstance(value, (str, Path)):
         if not Path(value).is_file():
             keys = ", ".join(sorted(map(str, case.data))) or "none"
-            raise TargetError(f"{value!s} is neither a file nor a key of the case's data (keys: {keys})")
+            raise TargetError(f"'{Path(value).name}' is neither a file nor a key of the case's data (keys: {keys})")
         from monai.transforms import LoadImage
 
         try:
@@ -145,7 +145,13 @@ def _without_channel(label: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _affine_of_axes(affine: Any, axes: int) -> np.ndarray:
     """Reduce an affine to the axes of the grid: that of a 2D image may be 4x4, from its file, or 3x3."""
-    return np.asarray(to_affine_nd(axes, np.asarray(affine, dtype=np.float64)))
+    matrix = np.asarray(affine, dtype=np.float64)
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise TargetError(
+            f"an affine of shape {matrix.shape} belongs to the label map or the image, which needs 4x4 or 3x3: collate "
+            "batches of MetaTensors by MONAI's list_data_collate, as its DataLoader does"
+        )
+    return np.asarray(to_affine_nd(axes, matrix))
 
 
 def _to_integers(labels: Tensor) -> Tensor:

@@ -7,15 +7,16 @@ number of cases and methods.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from esegeta_monai.engine.network.declared_axes import DeclaredAxes
 from esegeta_monai.engine.network.frames import Frame, TracedLayer, TracedLayers, assemble, module_names, trace_layers
-from esegeta_monai.engine.network.hooks import find_layer
+from esegeta_monai.engine.network.hooks import find_layer, unreadable
 from esegeta_monai.engine.network.model import out_of_memory, select_output
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.run_context import Progress, RunContext
@@ -48,7 +49,27 @@ def _traced(objective: Objective) -> TracedLayers:
     key = (plan.roi, plan.slice_axis, objective.image.shape[0], str(model.output), tuple(model.inputs), modules)
     if key not in known:
         known[key] = _trace(objective)
-    return known[key]
+    return with_declared(known[key], model.layer_axes, len(network_roi(plan)))
+
+
+def with_declared(layers: TracedLayers, declared: Mapping[str, str], dims: int) -> TracedLayers:
+    """Return traced layers with the axes that the user has stated, by layer.
+
+    Raises:
+        UsageError: the axes do not fit a layer's output.
+        MethodError: the trace has found other axes, or the layer does not run.
+    """
+    if not declared:
+        return layers
+    changed = TracedLayers(layers.names)
+    changed.update(layers)
+    changed.inputs = layers.inputs
+    for name, pattern in declared.items():
+        traced = layers.get(name)
+        if traced is None:
+            raise MethodError(f"layer {name!r}, whose axes are given, is not used in the forward pass")
+        changed[traced.name] = DeclaredAxes(pattern).apply(traced, dims)
+    return changed
 
 
 def _trace(objective: Objective) -> TracedLayers:
@@ -135,6 +156,8 @@ def frames_of(objective: Objective, layer: str) -> list[Frame]:
     if traced is None:
         raise MethodError(f"layer {layer!r} is not used in the forward pass: choose another")
     frames = [f for f in traced.frames if f is not None]
+    if traced.transform is not None:
+        raise MethodError(unreadable(layer, traced.transform))
     if len(frames) < traced.calls:
         raise MethodError(_no_map(layer, traced.shape))
     return frames
@@ -143,7 +166,8 @@ def frames_of(objective: Objective, layer: str) -> list[Frame]:
 def _no_map(layer: str, shape: Any) -> str:
     return (
         f"layer {layer!r} gives {shape} for a window, which is no spatial map, or not known to be one: choose another "
-        "layer ('esegeta-monai layers' lists them with their shapes)"
+        "layer ('esegeta-monai layers' lists them with their shapes), or state its axes, such as layer_axes={"
+        f"{layer!r}: 'n x y z c'}} (--layer-axes '{layer}: n x y z c')"
     )
 
 
@@ -236,7 +260,15 @@ def channel_axis(objective: Objective, layer: str) -> int:
     return only_frame(objective, layer).channel
 
 
-def map_of_layer(network: nn.Module, layer: str, values: Tensor, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+def map_of_layer(
+    network: nn.Module,
+    layer: str,
+    values: Tensor,
+    x: Tensor,
+    args: Any,
+    kwargs: Any,
+    declared: Mapping[str, str] | None = None,
+) -> Tensor:
     """Convert a layer's output (n, …) for windows x (n, C, *roi) to (n, C, *positions), without an objective.
 
     Raises:
@@ -248,7 +280,8 @@ def map_of_layer(network: nn.Module, layer: str, values: Tensor, x: Tensor, args
     frame = known[key][layer].frames[0] if key in known else None
     if key not in known or (frame is not None and not frame.fits(values)):
         known[key] = trace_layers(network, x.shape[2:], lambda: network(x.detach(), *args, **kwargs))
-    traced = known[key][layer]
+    stated = {n: axes for n, axes in (declared or {}).items() if n == layer}
+    traced = with_declared(known[key], stated, x.ndim - 2)[layer]
     frame = traced.frames[0]
     if traced.calls > 1:
         raise MethodError(

@@ -7,7 +7,7 @@ windows are added.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -150,13 +150,21 @@ class LayerOutput(nn.Module):
         layer: dotted name.
         read: function applied to the layer's map (n, C, *positions), or vector (n, C), before it is resized to the
             window; None: no function.
+        axes: axes of layers where they cannot be found out, by name.
 
     Raises:
         UsageError: no such layer.
     """
 
-    def __init__(self, network: nn.Module, layer: str, read: Callable[[Tensor], Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        layer: str,
+        read: Callable[[Tensor], Tensor] | None = None,
+        axes: Mapping[str, str] | None = None,
+    ) -> None:
         super().__init__()
+        self.axes = dict(axes or {})
         self.network, self.layer, self.read = network, layer, read
         find_layer(network, layer)
 
@@ -172,7 +180,7 @@ class LayerOutput(nn.Module):
             raise MethodError(f"layer {self.layer!r} is not used in the forward pass: choose another")
         values = captured[self.layer]
         if values.ndim > 2:
-            values = map_of_layer(self.network, self.layer, values, x, args, kwargs)
+            values = map_of_layer(self.network, self.layer, values, x, args, kwargs, self.axes)
         values = values if self.read is None else self.read(values)
         return values if values.ndim == 2 else F.interpolate(values, size=x.shape[2:], mode="nearest-exact")
 

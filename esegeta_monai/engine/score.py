@@ -64,6 +64,7 @@ class Score(ABC):
         class_name: its name, or None.
         units: units of ``s``, in words.
         meaning: properties that distinguish the score from others of the same mask and parameters; usually none.
+        notes: entries of the record.
     """
 
     label: str = "target"
@@ -77,6 +78,7 @@ class Score(ABC):
     class_name: str | None = None
     units: str | None = None
     meaning: tuple[str, ...] = ()
+    notes: Mapping[str, Any] = {}
 
     @abstractmethod
     def value(self, prediction: Tensor) -> Tensor:

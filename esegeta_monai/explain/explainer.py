@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from esegeta_monai.engine.checks.base import CheckResult
 from esegeta_monai.engine.checks.layers import layer_findings
 from esegeta_monai.engine.head import HeadKind, Postprocessing
+from esegeta_monai.engine.network.declared_axes import layer_axes_of
 from esegeta_monai.engine.network.state import evaluating, unwrap
 from esegeta_monai.engine.windows.inferers import as_inferer
 from esegeta_monai.errors import EsegetaError, RankLost, UsageError
@@ -126,6 +127,7 @@ class Explainer:
         postprocessing: Any = None,
         inputs_as: InputsAs | None = None,
         agreement: bool = False,
+        layer_axes: Mapping[str, str] | None = None,
     ) -> None:
         if not isinstance(network, nn.Module):
             raise UsageError(
@@ -157,6 +159,7 @@ class Explainer:
             inputs_as=inputs_as,
             checks=checks_of(checks),
             agreement=flag("agreement", agreement),
+            layer_axes=layer_axes_of(layer_axes),
         )
 
     def __call__(

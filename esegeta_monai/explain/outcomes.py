@@ -107,6 +107,8 @@ class Outcomes:
         if own is not None:
             on_scan = isinstance(score, ResampledScore)
             record.more |= {"mask_grid": "scan" if on_scan else "network", "own_prediction": dict(own.record)}
+        if score is not None:
+            record.more |= score.notes
         self._records[key] = method, bound, record
         return replace(record, warnings=[], more=dict(record.more))
 
@@ -250,6 +252,6 @@ def not_positive(method: Method, label: str) -> MethodError:
 def not_linear(method: Method, bound: BoundTarget) -> MethodError:
     """Return the error of a method that needs a linear score for a target whose score is not linear."""
     return MethodError(
-        f"{method.name} propagates relevance from a linear score, and {bound.label} is not linear in the prediction: "
+        f"{method.name} is defined for linear scores, and {bound.label} is not linear in the prediction: "
         "use output='logit' for it, or a method such as IntegratedGradients or DeepLift"
     )

@@ -74,7 +74,7 @@ class Prediction:
         if settings.inputs_as is not None and not case.channels:
             raise UsageError(f"inputs_as={settings.inputs_as!r} needs names: give image={{name: tensor, ...}}")
         self.model = Model(
-            settings.network if layer is None else LayerOutput(settings.network, layer),
+            settings.network if layer is None else LayerOutput(settings.network, layer, axes=settings.layer_axes),
             device,
             output=settings.output if layer is None else None,
             amp=settings.amp,
@@ -84,6 +84,7 @@ class Prediction:
             kwargs={k: to_device(v, device) for k, v in case.kwargs.items()},
             members=getattr(settings.inferer, "members", ()),
             inputs_as=settings.inputs_as,
+            layer_axes=settings.layer_axes if layer is None else None,
         )
         self.model.preferred = settings.postprocessing.keys
         if layer is None and case.choice is not None:

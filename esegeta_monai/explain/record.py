@@ -81,6 +81,7 @@ class Record:
             `esegeta_monai.explain.agreement.summary`; ``of``: what is compared. training_folds: for each fold, whether
             the case was in its training set.
         noise: standard deviation of F over repeated passes, in units of the target, where equal passes differ.
+        layer_axes: axes of layers as the user has stated them, by name.
         head: the meaning of the output, with evidence and certainty, see `esegeta_monai.engine.head.Head`.
             value_units: units of the target, value and baseline_value.
         absorbed_share: share of F(x) that biases absorb, of methods that propagate relevance.
@@ -153,6 +154,7 @@ class Record:
     training_folds: dict[str, str] | None = None
     noise: float | None = None
     head: dict[str, Any] | None = None
+    layer_axes: dict[str, str] | None = field(default=None, metadata={"decides": True})
     value_units: str | None = None
     channels: str | None = None
     label: int | None = None

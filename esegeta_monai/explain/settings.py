@@ -87,6 +87,7 @@ class Settings:
         head: what the network's output is, as the user states it; None: it is found out.
         postprocessing: what a bundle does with the network's output.
         inputs_as: how several image inputs are passed: ``"dict"``, ``"list"``, or None: separately.
+        layer_axes: axes of layers where they cannot be found out, by the layer's name.
         agreement: also compute the maps of the members of an ensemble and of its mirrored views alone.
         inferer_record: name and parameters of the inferer as it was given.
 
@@ -115,6 +116,7 @@ class Settings:
     head: str | None = None
     postprocessing: Postprocessing = field(default_factory=Postprocessing)
     inputs_as: InputsAs | None = None
+    layer_axes: Mapping[str, str] = field(default_factory=dict)
     agreement: bool = False
     inferer_record: Mapping[str, Any] = field(default_factory=dict)
 
@@ -159,6 +161,7 @@ class Settings:
                 "structure_sha256": hashlib.sha256(structure).hexdigest(),
             },
             "amp": str(self.amp_kwargs.get("dtype", default)) if self.amp else None,
+            **({"layer_axes": dict(self.layer_axes)} if self.layer_axes else {}),
         }
 
     def refused(self, methods: Sequence[Method]) -> dict[int, Exception]:

@@ -41,7 +41,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._synced, self._size, self._lost = 0.0, 0, False
+        self._synced, self._size, self._lost, self._begun = 0.0, 0, False, False
         self._torn = True  # the last line of a run that was killed may lack its end
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,8 +58,9 @@ class Journal:
             flush: flush the line to the disk now, not within a second.
 
         Raises:
-            OutputLost: the file, or its folder, was removed or replaced after the run had begun.
-            UsageError: the line cannot be written (a full disk).
+            OutputLost: after the run had begun, the file or its folder was removed or replaced, or no further line can
+                be written (a full disk).
+            UsageError: the first line cannot be written.
             TypeError: a value has no representation in JSON.
         """
         line = json_line({"recorded": datetime.now(timezone.utc).isoformat(timespec="microseconds"), **entry})
@@ -72,7 +73,7 @@ class Journal:
                 written = os.write(descriptor, data)
                 if written < len(data):
                     raise OSError(f"only {written} of {len(data)} bytes were written; the disk may be full")
-                self._torn, self._size = False, os.lseek(descriptor, 0, os.SEEK_CUR)
+                self._torn, self._begun, self._size = False, True, os.lseek(descriptor, 0, os.SEEK_CUR)
                 now = time.monotonic()
                 if flush or now - self._synced >= SYNC_EVERY:
                     os.fsync(descriptor)
@@ -80,7 +81,10 @@ class Journal:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise UsageError(cannot_write(self.path, error)) from error
+            text = cannot_write(self.path, error)
+            if self._begun:
+                raise OutputLost(f"{text}; finished maps are kept, and the same command resumes the run") from error
+            raise UsageError(text) from error
         return json.loads(line)
 
     def check(self) -> None:

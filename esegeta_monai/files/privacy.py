@@ -12,10 +12,13 @@ from esegeta_monai.utils.names import SCAN_SUFFIXES
 __all__ = ["private", "traceback_text", "without_paths"]
 
 _SUFFIX = "|".join(re.escape(suffix) for suffix in SCAN_SUFFIXES)
-# Rather hide too much than too little: names can contain spaces and commas, so a scan's name extends from the
-# beginning of a statement to its suffix, a folder's name to the last slash.
+# Rather hide too much than too little: names can contain spaces and commas, so a scan's name extends from a quote, from
+# the slash of an absolute path, or else from the beginning of the statement, to its suffix, a folder's name to the last
+# slash. Messages of this package therefore quote the names of files.
 _QUOTED = re.compile(r"(['\"])([^'\"\n]*[\\/][^'\"\n]*)\1")
-_SCAN = re.compile(rf"(?:^|(?<=[:;('\"=\[] )|(?<=[('\"=\[]))[^\n'\":;=\[\]]*?(?:{_SUFFIX})(?![\w.])", re.I | re.M)
+_SCAN = re.compile(rf"(?:^|(?<=[:;('\"=\[] )|(?<=[('\"=\[]))[^\n'\":;=\[\]\1]*?(?:{_SUFFIX})(?![\w.])", re.I | re.M)
+_ABSOLUTE = re.compile(rf"(?<=\s)(?:[A-Za-z]:|~)?[\\/][^\n'\":;=\[\]]*?(?:{_SUFFIX})(?![\w.])", re.I)
+_ANOTHER = re.compile(rf"[^\s'\":;=\[\]()\1]+(?:{_SUFFIX})(?![\w.])", re.I)
 _FOLDERS = re.compile(
     r"(?<![\w:/\\.])(?:[A-Za-z]:(?=[\\/])|~(?=[\\/])|\.{1,2}(?=[\\/]))?[\\/](?=[^\s\\/])"
     r"(?:[^\\/\n'\"<>|;:]+[\\/])*[^\\/\s'\"<>|,;:()]*"
@@ -37,6 +40,8 @@ def without_paths(text: str, relative: bool = True) -> str:
     '(scan): the file is empty'
     >>> without_paths("cannot open /home/doe/weights.pt: see patients/doe/notes.txt; logit/voxel stays")
     'cannot open weights.pt: see notes.txt; logit/voxel stays'
+    >>> without_paths("cannot open /data/Doe Jane/t1.nii.gz")
+    'cannot open (scan)'
     >>> without_paths("Saliency: baseline file /data/doe/mean.nii.gz does not exist")
     'Saliency: baseline file mean.nii.gz does not exist'
     """
@@ -48,7 +53,9 @@ def without_paths(text: str, relative: bool = True) -> str:
 
     text = _BASELINE.sub(keep, text)
     text = _QUOTED.sub(lambda match: f"{match[1]}{_last(match[2])}{match[1]}", text)
-    text = _SCAN.sub("(scan)", text)
+    for names in (_ABSOLUTE, _SCAN, _ANOTHER):
+        text = names.sub("\1", text)
+    text = text.replace("\1", "(scan)")
     text = _FOLDERS.sub(lambda match: _last(match[0]), text)
     text = _RELATIVE.sub("", text) if relative else text
     return re.sub("\0(\\d+)\0", lambda match: kept[int(match[1])], text)

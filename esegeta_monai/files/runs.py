@@ -100,9 +100,8 @@ class RunRecord:
         """Record a result and append it to the journal. A case that failed as a whole has no target and no method.
 
         Raises:
-            UsageError: the status is unknown, or is failed, timeout or empty_target without a reason; or the journal
-                cannot be written.
-            OutputLost: the output folder was removed during the run.
+            UsageError: the status is unknown, or is failed, timeout or empty_target without a reason.
+            OutputLost: the output folder was removed during the run, or the journal cannot be written.
         """
         if status not in STATUSES:
             raise UsageError(f"status must be one of {', '.join(STATUSES)}, got {status!r}")

@@ -43,7 +43,7 @@ class EvaluationHandler(CaseHandler):
     Args:
         methods, targets, output_dir, bundle_root, image_key, pred_key, output: see `ExplanationHandler`.
         class_names, epochs, cases, share, checks, name, seed, time_limit, window_batch: see `ExplanationHandler`.
-        volume_device, progress, head: see `ExplanationHandler`.
+        volume_device, progress, head, layer_axes: see `ExplanationHandler`.
         metrics: names, configs or instances; ``"all"``; None: a quick selection, with localisation metrics for cases
             with a label.
         label_key: key of a label map in the case's data that marks the known cause. A case without it, or with a label
@@ -97,6 +97,7 @@ class EvaluationHandler(CaseHandler):
         checks: bool = True,
         name: str | None = None,
         head: HeadKind | None = None,
+        layer_axes: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(
             methods,
@@ -118,6 +119,7 @@ class EvaluationHandler(CaseHandler):
             volume_device=volume_device,
             progress=flag("progress", progress),
             head=head,
+            layer_axes=layer_axes,
         )
         self.label_key, self.regions_key, self.body_key = label_key, regions_key, body_key
         self.label_value, self.region_names = value_of_label(label_value), None

@@ -69,6 +69,7 @@ class ExplanationHandler(CaseHandler):
         name: name of the logger; None: ``engine.logger``.
         head: the meaning of the network's output, see `esegeta_monai.Explainer`; None: determined from the network and
             the engine's postprocessing.
+        layer_axes: axes of layers where they cannot be found out, see `esegeta_monai.Explainer`.
         agreement: also write where the networks of an ensemble agree, see `esegeta_monai.Explainer`.
 
     A failed method or case is recorded in ``run.json`` and logged; files that can no longer be written (a full disk,
@@ -114,6 +115,7 @@ class ExplanationHandler(CaseHandler):
         checks: Checks = True,
         name: str | None = None,
         head: HeadKind | None = None,
+        layer_axes: Mapping[str, str] | None = None,
         agreement: bool = False,
     ) -> None:
         super().__init__(
@@ -137,6 +139,7 @@ class ExplanationHandler(CaseHandler):
             volume_device=volume_device,
             progress=flag("progress", progress),
             head=head,
+            layer_axes=layer_axes,
             agreement=flag("agreement", agreement),
         )
         for what, given in (("methods", self.methods), ("targets", self.targets)):

@@ -34,6 +34,8 @@ _COARSE = "It is as coarse as the layer, and is no sharper where it is interpola
 
 _MEANINGS: dict[str, tuple[str, tuple[str, str]]] = {
     "AblationCam": (f"Places where the layer's channels that matter are active: switching them off lowers the score. {_COARSE}", SUPPORT),
+    "AttentionRelevance": (f"Where attention that speaks for the target comes from; skip connections and convolutions are not in it. {_COARSE}", ("no attention for the target", "most attention for the target")),
+    "AttentionRollout": (f"How much each place is mixed into what the target reads, by attention alone. {_COARSE}", ("hardly mixed in", "most mixed in")),
     "BlurIG": ("How much each voxel adds to the score while the image goes from blurred to sharp; the voxels add up to the change of the score.", SHARE),
     "Cam": (f"How much each place of the last layer adds to the score of the class. {_COARSE}", SHARE),
     "ChannelShapley": ("How much each input channel adds to the score on average over all orders of adding channels; it shows no places.", SHARE),
@@ -64,15 +66,24 @@ _MEANINGS: dict[str, tuple[str, tuple[str, str]]] = {
     "LayerActivation": ("Where the layer is active; this is no effect on the score, and is the same for every target.", ACTIVE),
     "LayerActivationGuidedBackprop": ("Edges and textures that excite the layer, whatever the target.", ("darker pattern", "brighter pattern")),
     "LayerCam": (f"Places where the layer's features raise the score; only positive gradients count. {_COARSE}", SUPPORT),
+    "LayerExcitationBackprop": (f"The probability that a place of the layer is reached from the target along exciting connections. {_COARSE}", ("not reached", "most often reached")),
+    "LayerFeatureAblation": ("How much the score falls when a part of the layer is replaced by a constant value.", HIDING),
+    "LayerFeaturePermutation": ("How much the score falls when a part of the layer is taken from other cases.", HIDING),
     "LayerGradCam": (f"Places where the layer's features speak for or against the target. {_COARSE}", ("speaks against the target", "speaks for the target")),
+    "LeGrad": (f"Where more attention would raise the score; skip connections and convolutions are not in it. {_COARSE}", ("no effect of attention", "attention here raises the score")),
     "Lime": ("The weight of each region in a linear model of the score.", HIDING),
     "Occlusion": ("How much the score falls when the place is covered; it is as coarse as the cover.", HIDING),
     "PatternAttribution": ("How much each voxel's learned signal contributes to the score.", SHARE),
     "PatternNet": ("The signal in the image to which the network responds, not its effect on the score.", ("darker signal", "brighter signal")),
+    "PromptShapley": ("How much each prompt adds to the score on average over all orders of giving prompts; it shows prompts, not places of the image.", SHARE),
     "Rise": ("The mean score while the place is visible, over random smooth masks.", ("lower score where visible", "higher score where visible")),
     "Saliency": ("How strongly the score reacts to a small change of each voxel, without direction; it does not show what is there.", STRENGTH),
+    "SalientRelevance": ("Areas in which relevance stands out from the rest of the map; it shows attention areas, not shares.", ("does not stand out", "stands out")),
     "ScoreCam": (f"Places where the channels are active that alone give a high score. {_COARSE}", SUPPORT),
     "ShapleyValueSampling": ("How much each region adds to the score on average over random orders of adding regions.", SHARE),
+    "SegXResCam": (f"Places where the layer's features raise the score, with gradients pooled over small blocks. {_COARSE}", SUPPORT),
+    "ShapleyCam": (f"Places where the layer's features speak for the target, by a second-order estimate of each channel's share. {_COARSE}", SUPPORT),
+    "SmoeScale": (f"Where few of the layer's channels are strongly active; it does not depend on the target. {_COARSE}", ACTIVE),
     "SmoothGrad": ("The mean map over noisy copies of the image: it keeps what is stable under noise.", SHARE),
     "SmoothGradSquared": ("The mean square of the map over noisy copies of the image, without direction.", STRENGTH),
     "Sobol": ("The share of the score's variance that a cell causes, alone and with others, without direction.", STRENGTH),
@@ -94,7 +105,7 @@ _SAME = {
 }
 _MEANINGS |= {name: (text, SHARE) for name, text in _SAME.items()}
 _WITHOUT_EFFECT = (
-    *("LayerActivation", "EigenCam", "LayerActivationGuidedBackprop", "PatternNet"),
+    *("LayerActivation", "EigenCam", "LayerActivationGuidedBackprop", "PatternNet", "SmoeScale"),
     *("Deconvolution", "GuidedBackprop", "GuidedGradCam"),
 )
 _KINDS = {

@@ -5,16 +5,17 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import esegeta_monai.files as storage
 from esegeta_monai.errors import UsageError
 from esegeta_monai.files.journal import Journal, read_run
 from esegeta_monai.files.runs import UNFINISHED
 from esegeta_monai.output.evaluation_writer import LOCK, EvaluationWriter, read_table
-from esegeta_monai.utils.files import write_json
+from esegeta_monai.utils.files import refuse_remote, write_json
 from esegeta_monai.utils.leftovers import PREFIX
 
 __all__ = ["MergedRuns", "merge_runs"]
@@ -58,10 +59,12 @@ def merge_runs(folder: str | os.PathLike[str], others: Sequence[str | os.PathLik
     Raises:
         UsageError: a folder has no results, or a file that two folders have differs; nothing has been written.
     """
+    for given in (folder, *others):
+        refuse_remote(given)
     folder, sources = Path(folder), [Path(other) for other in others]
     for place in sources or [folder]:
         if not place.is_dir() or not (read_run(place).results or (place / "metrics.csv").is_file()):
-            raise UsageError(f"{place} has neither a run.json nor a metrics.csv: give output folders of runs")
+            raise UsageError(f"{place} has no results and no metrics.csv: give output folders of runs")
     copies = list(_copies(folder, sources))
     tables = _rows(folder, sources)
     storage.writable_folder(folder)
@@ -74,16 +77,29 @@ def merge_runs(folder: str | os.PathLike[str], others: Sequence[str | os.PathLik
         journal = Journal(folder / "run.jsonl")
         for source in sources:
             contents = read_run(source)
-            known = {(e["case"], e.get("target"), e.get("method")) for e in contents.lines}
-            old = [e for e in contents.results if (e["case"], e.get("target"), e.get("method")) not in known]
-            for entry in [*({**e, "recorded": ""} for e in old), *contents.lines]:
+            lines = _named(contents.lines)
+            known = {(e["case"], e.get("target"), e.get("method")) for e in lines}
+            old = [e for e in _named(contents.results) if (e["case"], e.get("target"), e.get("method")) not in known]
+            for entry in [*({**e, "recorded": ""} for e in old), *lines]:
                 journal.append(entry)
     contents = read_run(folder)
-    counts = dict(sorted(Counter(str(e.get("status")) for e in contents.results).items()))
+    results = _named(contents.results)
+    counts = dict(sorted(Counter(str(e.get("status")) for e in results).items()))
     if contents.results:
         write_json(folder / "run.json", {**contents.info, "summary": counts, "results": contents.results})
     unfinished = [name for place in (folder, *sources) for name in read_run(place).unfinished]
-    return MergedRuns(len({e["case"] for e in contents.results}), counts, len(copies), unfinished)
+    return MergedRuns(len({e["case"] for e in results}), counts, len(copies), unfinished)
+
+
+def _named(entries: Iterable[Any]) -> list[dict[str, Any]]:
+    """Return the entries that name a case, and a target and method or none, in text; a damaged record has others."""
+    return [
+        e
+        for e in entries
+        if isinstance(e, dict)
+        and isinstance(e.get("case"), str)
+        and all(isinstance(e.get(name), (str, type(None))) for name in ("target", "method"))
+    ]
 
 
 def _copies(folder: Path, sources: Sequence[Path]) -> Iterator[tuple[Path, Path]]:

@@ -6,6 +6,7 @@ from esegeta_monai.engine.score import Case, Score, WeightedScore
 from esegeta_monai.targets.base import TARGETS, Target, need_map, resolve_class
 from esegeta_monai.targets.classes import ClassScore, MultiClassMask, PredictedClasses, ThresholdMask
 from esegeta_monai.targets.contrast import Contrast
+from esegeta_monai.targets.detection import DetectedBox, DetectorMap
 from esegeta_monai.targets.difference import Difference
 from esegeta_monai.targets.neuron import LayerNeuron
 from esegeta_monai.targets.regions import Box, Component, Errors, LabelMask, OutputValue, Voxel
@@ -18,6 +19,8 @@ __all__ = [
     "ClassScore",
     "Component",
     "Contrast",
+    "DetectedBox",
+    "DetectorMap",
     "Difference",
     "Errors",
     "LabelMask",

@@ -29,6 +29,7 @@ __all__ = [
     "json_line",
     "read_json",
     "refuse_remote",
+    "same_folder",
     "sha256_file",
     "strict_json",
     "versions",
@@ -93,6 +94,36 @@ def _flush(path: Path) -> None:
 def cannot_write(path: Path, error: OSError) -> str:
     """Return the message of a file that cannot be written: its path, the reason and the remedy."""
     return f"cannot write {path}: {error.strerror or error}; choose another output folder or make room in this one"
+
+
+@contextmanager
+def same_folder() -> Iterator[list[str]]:
+    """Set the working folder back after foreign code; relative paths mean the same file before and after.
+
+    Yields:
+        A list that has the other folder after the block, if it was changed.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as other, same_folder() as moved:
+    ...     os.chdir(other)
+    >>> len(moved)
+    1
+    """
+    folder, moved = _working_folder(), list[str]()
+    try:
+        yield moved
+    finally:
+        now = _working_folder()
+        if folder is not None and now != folder:
+            os.chdir(folder)
+            moved.append(str(now))
+
+
+def _working_folder() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # it was removed
+        return None
 
 
 def refuse_remote(path: str | os.PathLike[str], what: str = "") -> None:

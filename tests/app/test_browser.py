@@ -159,6 +159,66 @@ def test_a_drawn_box_changes_the_score(served: Served) -> None:
     assert result["box"]["change"] != 0
 
 
+def test_two_maps_share_the_cross_hair(served: Served) -> None:
+    page = served.page
+    assert page.locator("#second option").count() > 2
+    assert not page.is_visible("#second-box")
+    page.select_option("#second", index=1)
+    page.wait_for_selector("#second-box canvas[data-state='drawn']")
+    page.focus(AXIAL)
+    page.keyboard.press("ArrowUp")
+    page.wait_for_function(
+        """(axial) => {
+            const [one, two] = [axial, "canvas[data-second='0']"].map((s) => document.querySelector(s).dataset.slice);
+            return one === two && document.querySelector("#a-viewer").firstElementChild.dataset.pending === "0"; }""",
+        arg=AXIAL,
+    )
+    first, second = (page.locator(s).bounding_box() for s in (AXIAL, "canvas[data-second='0']"))
+    assert second["x"] >= first["x"] + first["width"], "side by side"
+    assert abs(second["width"] - first["width"]) < 3
+    assert "second map" in page.inner_text("#readout")
+    slice_of = page.get_attribute(AXIAL, "data-slice")
+    page.locator("canvas[data-second='0']").hover()
+    page.mouse.wheel(0, 100)  # the first follows the second
+    page.wait_for_selector(f"{AXIAL}:not([data-slice='{slice_of}'])")
+    page.select_option("#second", value="-1")
+    assert not page.is_visible("#second-box")
+
+
+def test_the_network_its_channels_and_what_flows_through_one(served: Served, tmp_path: Path) -> None:
+    page = served.page
+    page.select_option("#a-method", value="InputXGradient")
+    page.click("#a-layers")
+    page.wait_for_selector("[data-layer]")
+    shown = page.locator("[data-layer]").count()
+    page.check("#a-all-layers")
+    assert page.locator("[data-layer]").count() > shown
+    page.uncheck("#a-all-layers")
+    page.locator("[data-layer]", has_text="model.0.conv").first.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#a-channels[data-order='activation'] .channel canvas")
+    assert "Output 4 × 8 × 8 × 8" in page.inner_text("#a-layer-text")
+    assert page.locator(".channel").count() == 4
+    page.locator('input[name="order"][value="relevance"]').dispatch_event("click")
+    page.wait_for_selector("#a-channels[data-order='relevance'] .channel")
+    shares = [float(t.split("\n")[-1].removesuffix(" %")) for t in page.locator(".channel").all_inner_texts()]
+    assert shares == sorted(shares, reverse=True)
+    assert sum(shares) == pytest.approx(100, abs=0.3)
+    page.locator(".channel").first.click()
+    for button, text in (("#a-by-channel", "ConceptRelevance"), ("#a-by-unit", "LayerNeuron")):
+        views = served.views
+        result = served.finish(button)
+        served.wait_for_view(views + 1)
+        assert text in result["command"]
+        words = shlex.split(result["command"])
+        words[words.index("--output") + 1] = str(tmp_path / text)
+        assert main([*words[1:], "--quiet"]) == 0
+        name = result["results"][0]["map"]
+        ours, theirs = (np.asarray(nib.load(f / name).dataobj) for f in (served.app.output, tmp_path / text))
+        assert np.array_equal(ours, theirs)
+        assert np.abs(ours).max() > 0
+
+
 def start_long_job(served: Served) -> Any:
     page = served.page
     page.select_option("#a-method", value="SmoothGrad")

@@ -101,6 +101,10 @@ REFUSED: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "a long body": ("POST", "/api/jobs", {"json": {"x": "x" * 70_000}}, 413),
     "no JSON": ("POST", "/api/jobs", {"content": b"{", "content-type": "application/json"}, 400),
     "a list": ("POST", "/api/jobs", {"json": []}, 400),
+    "layers of no case": ("POST", "/api/layers", {"json": {"case": 7}}, 404),
+    "layers of a case by name": ("POST", "/api/layers", {"json": {"case": "../a"}}, 404),
+    "channels of no view": ("POST", "/api/channels", {"json": {"view": "x", "voxel": [0, 0, 0], "layer": 0}}, 400),
+    "channels of a layer by name": ("POST", "/api/channels", {"json": {"view": None, "layer": "/etc/passwd"}}, 400),
     "an unknown job": ("POST", "/api/jobs", {"json": {"do": "os.system"}}, 400),
 }
 
@@ -168,6 +172,18 @@ def test_no_parameter_is_a_path(path: str) -> None:
     question = {"case": 0, "target": {"kind": "other", "name": "LabelMask", "parameters": {"mask": path}}}
     with pytest.raises(UsageError, match="path of a file"):
         Question.of(question, 1, {})
+
+
+def test_only_a_known_layer_may_look_like_a_path() -> None:
+    """A layer can be called like a file of the working folder, a method's file cannot."""
+    method = {"name": "GradCam", "parameters": {"layer": "pyproject.toml", "name": "x"}}
+    with pytest.raises(UsageError, match="path of a file"):
+        Question.of({"case": 0, "methods": [method]}, 1, {})
+    question = Question.of({"case": 0, "methods": [method]}, 1, {}, ["pyproject.toml"])
+    assert question.methods == ("GradCam(layer='pyproject.toml', name='x')",)
+    other = {"name": "LabelMask", "parameters": {"mask": "pyproject.toml"}}
+    with pytest.raises(UsageError, match="path of a file"):
+        Question.of({"case": 0, "methods": [other]}, 1, {}, ["pyproject.toml"])
 
 
 BAD: list[dict[str, Any]] = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import shlex
@@ -54,6 +55,9 @@ def explained(app: Any, **more: Any) -> dict[str, Any]:
             "IntegratedGradients(n_steps=4, name='IG-4')",
             "MultiClassMask(1, output='probability', name='p')",
         ),
+        ("ConceptRelevance(layer='model.0.conv', channels=1, name='channel-1')", VOXEL),
+        ("NeuronConductance(layer='model.0.conv', channel=1, n_steps=4, name='channel-1')", VOXEL),
+        ("InputXGradient", "LayerNeuron(layer='model.0.conv', channel=2, index=[7, 8, 7], name='unit')"),
     ],
 )
 def test_a_map_is_bit_for_bit_that_of_the_command(app: Any, tmp_path: Path, method: str, target: str) -> None:
@@ -104,6 +108,49 @@ def test_a_box_changes_the_score_by_what_two_predictions_differ(app: Any) -> Non
     assert result["box"]["before"] == pytest.approx(float(before), rel=1e-5)
     assert result["box"]["change"] == pytest.approx(float(after - before), rel=1e-4)
     assert abs(result["box"]["change"]) > 1e-4
+
+
+def test_layers_and_channels_are_what_the_network_gives(app: Any) -> None:
+    import torch
+
+    from esegeta_monai.bundle import BundleReader
+
+    job = finished(app, {"do": "layers", "case": number(app, "a")})
+    assert job.state == "done", job.error
+    rows = {row["name"]: row for row in job.result["layers"]}
+    assert rows["model.0.conv"]["shape"] == [4, 8, 8, 8]
+    assert rows["model.0.conv"]["main"]
+    asked = {
+        **{"do": "channels", "case": number(app, "a"), "layer": "model.0.conv", "world": [14.0, 16.0, 14.0]},
+        **{"plane": {"through": 2, "across": 0, "up": 1, "mirrored": True}, "order": "activation", "target": VOXEL},
+    }
+    pictures = finished(app, asked).result
+    reader = BundleReader(app.worker.first["arguments"]["bundle"])
+    (file,) = [f for f in Path(app.worker.first["arguments"]["input"][0]).iterdir() if f.name == "a.nii.gz"]
+    image = reader.preprocessing({"image": str(file)})["image"][None].as_tensor()  # 16 x 20 x 16, windows of 16
+    network, outputs = reader.network.eval(), []
+    network.model[0].conv.register_forward_hook(lambda _, __, out: outputs.append(out))
+    starts = [0, 4]
+    with torch.no_grad():
+        for start in starts:
+            network(image[..., start : start + 16, :])
+    start = min(starts, key=lambda s: abs(8.5 - (s + 8)))
+    expected = outputs[starts.index(start)][0]
+    by_strength = expected.flatten(1).abs().mean(1).argsort(descending=True).tolist()
+    assert [entry["channel"] for entry in pictures["channels"]] == by_strength
+    assert (pictures["width"], pictures["height"], pictures["total"]) == (8, 8, 4)
+    for entry in pictures["channels"]:
+        picture = expected[entry["channel"], :, :, 7 // 2].T.flip(0, 1).numpy()
+        grey = np.frombuffer(base64.b64decode(entry["grey"]), np.uint8).reshape(8, 8)
+        spread = entry["high"] - entry["low"]
+        assert np.abs(entry["low"] + spread * grey / 255 - picture).max() <= spread / 255
+    assert pictures["at"] == [7 - (8 - start) // 2, 7 - 7 // 2]
+    ranked = finished(app, {**asked, "order": "relevance"}).result["channels"]
+    shares = [entry["share"] for entry in ranked]
+    assert shares == sorted(shares, reverse=True)
+    assert sum(shares) == pytest.approx(1, abs=1e-6)
+    none = finished(app, {**asked, "layer": "nowhere"})
+    assert (none.state, "has no layer" in none.error) == ("failed", True)
 
 
 def test_it_says_what_the_network_predicts_at_a_place(app: Any) -> None:

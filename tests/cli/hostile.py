@@ -413,6 +413,9 @@ LOOKING: dict[str, list[str]] = {
     "info --json": ["info", "--bundle", "{bundle}", "--json"],
     "overlay": ["overlay", "--bundle", "{bundle}", "--output", "{out}/overlay.json"],
     "overlay --metrics": ["overlay", "--metrics", "--bundle", "{bundle}", "--output", "{out}/metrics.json"],
+    "import-esegeta": [
+        *("import-esegeta", "{root}/esegeta.json", "--bundle", "{bundle}", "--output", "{out}/esegeta.json")
+    ],
     "merge": ["merge", "--bundle", "{bundle}", "--output", "{out}/merged.json"],
     "methods": ["methods", "--bundle", "{bundle}"],
     "methods --json": ["methods", "--bundle", "{bundle}", "--json"],
@@ -444,6 +447,8 @@ def make_hostile(name: str, folder: Path) -> Place:
         make_scan(template / "scan.nii.gz")
     shutil.copytree(template, root, ignore=shutil.ignore_patterns("scan.nii.gz"))
     shutil.copy(template / "scan.nii.gz", folder / "scan.nii.gz")
+    configured = {"methods": [{"method_name": "captum_Saliency", "use": True, "keywords": {}}]}
+    (folder / "esegeta.json").write_text(json.dumps(configured), encoding="utf-8")
     place = Place(root, folder / "marker")
     place.write()
     HOSTILE[name][0](place)
@@ -462,7 +467,7 @@ class Ran:
 def run_command(words: list[str], place: Place) -> Ran:
     """Run a command in this process; modules that it imports from the bundle are removed afterwards."""
     out = Path(tempfile.mkdtemp(dir=place.root.parent))
-    known = {"bundle": place.root, "scan": place.root.parent / "scan.nii.gz", "out": out}
+    known = {"root": place.root.parent, "bundle": place.root, "scan": place.root.parent / "scan.nii.gz", "out": out}
     before = set(sys.modules)
     stream = io.StringIO()
     with contextlib.redirect_stdout(stream), contextlib.redirect_stderr(stream):

@@ -30,7 +30,9 @@ from tests.compatibility.graph import modified_gradient
 from tests.compatibility.patterns import Patterned
 from tests.compatibility.sight import Sight, tail
 from tests.methods.path.test_xrai import naive as naive_ranking
+from tests.methods.relevance.test_salient import naive as naive_saliency
 from tests.networks import CLASSIFICATION
+from tests.support.layers import UP
 from tests.support.objectives import explain
 
 __all__ = ["EXCEPTIONS", "ROWS", "Answer", "Figure", "NotApplicable", "Row", "measure", "ours"]
@@ -434,6 +436,110 @@ def positive_products(sight: Sight) -> Tensor:
     return sight.s.scatter((a * g.relu()).sum(1, keepdim=True))
 
 
+def pooled_products(sight: Sight) -> Tensor:
+    """Products with gradients that have the largest value of blocks of two positions along each axis."""
+    a, g = sight.at_image
+    pooled = g.clone()
+    for axis in range(2, g.ndim):
+        pairs = [p.amax(axis, keepdim=True).expand_as(p) for p in pooled.split(2, axis)]
+        pooled = torch.cat(pairs, axis)
+    return sight.s.scatter((a * pooled).sum(1, keepdim=True))
+
+
+def second_order(sight: Sight) -> Tensor:
+    """Grad-CAM with ``g − ½ H A`` in place of g, by double backward through the inferer."""
+    module, kept = sight.network.get_submodule(sight.layer), []
+    handle = module.register_forward_hook(lambda m, i, o: kept.append(o) or o.clone())
+    score = sight.F(sight.image.clone().requires_grad_(True))
+    handle.remove()
+    gradients = torch.autograd.grad(score, kept, create_graph=True)
+    curved = [g for g in gradients if g.requires_grad]
+    products = [None] * len(kept)
+    if curved:
+        products = torch.autograd.grad(curved, kept, [a.detach() for a in kept][: len(curved)], allow_unused=True)
+    weights = [g.detach() if h is None else g.detach() - h / 2 for g, h in zip(gradients, products)]
+    return sight.s.blend(_flat(sight.s.as_map(torch.cat(weights))).sum(1) / sight.positions)
+
+
+def smoe_scale(sight: Sight) -> Tensor:
+    """``μ log₂(μ / geometric mean)`` of the channels, interpolated and blended by MONAI's inferer."""
+    roi = sight.s.roi
+
+    def statistic(x: Tensor) -> Tensor:
+        kept: list[Tensor] = []
+        handle = sight.network.get_submodule(sight.layer).register_forward_hook(lambda m, i, o: kept.append(o.clone()))
+        sight.s.model(x)
+        handle.remove()
+        values = sight.s.as_map(kept[0]).relu() + 1e-7
+        scale = values.mean(1) * (values.mean(1) / values.log().mean(1).exp()).log2()
+        return torch.nn.functional.interpolate(scale[:, None], size=roi, mode=UP[len(roi)])
+
+    with torch.no_grad():
+        return sight.s.inferer(sight.image[None], statistic)[0]
+
+
+def salient(sight: Sight, ask: Ask) -> Figure:
+    """The saliency of LRP's relevance, by loops over patches."""
+    answer = ask(sight)
+    relevance = explain(methods.LRP(), sight.s.objective).maps[0].sum(0)
+    scaled = (relevance - relevance.min()) / (relevance.max() - relevance.min())
+    count = round(float(answer.notes["patches"]))
+    step = max(1.0, (scaled.numel() / _PATCHES) ** (1 / scaled.ndim))
+    grid = tuple(max(1, int(n / step)) for n in scaled.shape)
+    small = naive_saliency(scaled.numpy(), grid, [1.0], 6, 3.0, 0.8)
+    truth = torch.nn.functional.interpolate(
+        torch.from_numpy(small)[None, None], size=scaled.shape, mode=UP[scaled.ndim]
+    )
+    figure = Figure(deviation(answer.map, truth[0]), 1e-8)
+    return figure if count == np.prod(grid) else Figure(float("inf"), 1e-8, "another number of patches")
+
+
+_PATCHES = 64
+
+
+def excitation_of_layer(sight: Sight) -> Tensor:
+    """The layer's probabilities are what the network with the layer as a second input gives that input."""
+    result = []
+    windows, cotangents = sight.window_cotangents()
+    outputs = torch.cat(sight.record(sight.image, sight.layer))
+    for x, z, c in zip(windows, outputs, cotangents):
+        rest, pair = tail(sight.network, sight.layer, x[None], z[None], sight.s.output)
+        result.append(excitation(rest, pair, c[None, None]).input[0, :, x.numel() :].reshape(1, *z.shape))
+    return sight.s.scatter(sight.s.as_map(torch.cat(result)).sum(1, keepdim=True))
+
+
+def ablated_channels(sight: Sight, ask: Ask) -> Figure:
+    """F with two channels of the layer at zero, through the inferer."""
+    result, whole = ask(sight).map, sight.value(sight.image)
+    values = sight.record(sight.image, sight.layer)
+    tokens, wrong = values[0].ndim == 3, 0.0
+    for c in (0, len(result) - 1):
+        edited = [v.clone() for v in values]
+        for v in edited:
+            part = v[:, v.shape[1] - sight.at_image[0][0, 0].numel() :] if tokens else v  # a class token stays
+            part.select(-1 if tokens else 1, c).zero_()
+        with torch.no_grad():
+            truth = whole - float(sight.replaced(sight.layer, edited))
+        wrong = max(wrong, float((result[c] - truth).abs().max()) / abs(whole))
+    return Figure(wrong, EXACT)
+
+
+def exchanged_channels(sight: Sight, ask: Ask) -> Figure:
+    """F with a channel of the layer from two other cases, through the inferer."""
+    result, whole = ask(sight).map, sight.value(sight.image)
+    values, truth = sight.record(sight.image, sight.layer), []
+    tokens, c = values[0].ndim == 3, len(result) - 1
+    for donor in donors(sight):
+        edited = [v.clone() for v in values]
+        for v, other in zip(edited, sight.record(donor, sight.layer)):
+            start = v.shape[1] - sight.at_image[0][0, 0].numel() if tokens else 0
+            axis = -1 if tokens else 1
+            v[:, start:].select(axis, c).copy_(other[:, start:].select(axis, c))
+        with torch.no_grad():
+            truth.append(whole - float(sight.replaced(sight.layer, edited)))
+    return Figure(float((result[c] - sum(truth) / 2).abs().max()) / abs(whole), EXACT)
+
+
 def score_cam(sight: Sight) -> Tensor:
     maps = sight.s.blend(torch.eye(sight.at_image[0].shape[1], dtype=sight.image.dtype))
     values = []
@@ -704,6 +810,7 @@ ROWS: list[Row] = [
     Row(GRADIENT, "DeepLift", complete(baseline=x0), "C"),
     Row(GRADIENT, "DeepLiftShap", complete(change=mean_change, baseline=two_references), "C"),
     *(_lrp(composite) for composite in COMPOSITES),
+    Row(GRADIENT, "SalientRelevance", salient, "N", {"max_patches": _PATCHES, "neighbours": 6, "sizes": (1.0,)}),
     Row(GRADIENT, "ConceptRelevance", equals(through_channels), "R", {**_AT, "channels": first_half}),
     Row(GRADIENT, "ExcitationBackprop", conserves(prior, positive=True), "R"),
     Row(GRADIENT, "ContrastiveLRP", equals(contrast_of_relevance), "N", {"positive": False}),
@@ -727,6 +834,9 @@ ROWS: list[Row] = [
     Row(CAMS, "GuidedGradCam", equals(guided_grad_cam), "J N", _AT),
     Row(CAMS, "HiResCam", equals(products), "N", _RELU_OFF),
     Row(CAMS, "LayerCam", equals(positive_products), "N", _RELU_OFF),
+    Row(CAMS, "SegXResCam", equals(pooled_products), "N", _RELU_OFF),
+    Row(CAMS, "ShapleyCam", equals(second_order, 1e-8), "N", _RELU_OFF),
+    Row(CAMS, "SmoeScale", equals(smoe_scale), "N", _AT),
     Row(CAMS, "XGradCam", equals(x_grad_cam, 1e-8), "N", _RELU_OFF),
     Row(CAMS, "EigenCam", equals(eigen_cam, 1e-8), "N", _RELU_OFF),
     Row(CAMS, "AblationCam", equals(ablation_cam), "N", _RELU_OFF),
@@ -748,6 +858,11 @@ ROWS: list[Row] = [
     Row(LAYERS, "LayerGradientShap", equals(layer_expected_gradients), "N", {**_AT, "baseline": x0, "n_samples": 2}),
     Row(LAYERS, "LayerGradCam", equals(grad_cam), "N", _AT),
     Row(LAYERS, "LayerLRP", equals(tail_relevance), "R", _AT),
+    Row(LAYERS, "LayerExcitationBackprop", equals(excitation_of_layer), "R", _AT),
+    Row(LAYERS, "LayerFeatureAblation", ablated_channels, "N", {**_AT, "feature_mask": "channels"}),
+    Row(
+        LAYERS, "LayerFeaturePermutation", exchanged_channels, "N", {**_AT, "feature_mask": "channels", "cases": donors}
+    ),
     Row(LAYERS, "LayerActivationGuidedBackprop", equals(layer_guided), "J", _AT),
     Row(NEURONS, "NeuronConductance", equals(through_units), "N", {**_AT, **_PATH, "channel": lambda s: s.channel}),
     _neuron("Saliency", "NeuronGradient", equals(lambda s: s.plain), "G", {"abs": False}),

@@ -72,3 +72,11 @@ def test_a_metatensor_of_another_grid_is_resampled():
     expected = torch.zeros(SHAPE, dtype=torch.bool)
     expected[2:4] = True
     assert torch.equal(full(score), expected)
+
+
+def test_an_affine_of_another_shape_is_named():
+    """A batch that was not collated by MONAI loses the rows of its affine when it is taken apart."""
+    label = MetaTensor(torch.ones(1, 4, 4), affine=torch.eye(3))
+    label.meta["affine"] = torch.ones(4)
+    with pytest.raises(TargetError, match=r"an affine of shape \(4,\).*list_data_collate"):
+        LabelMask(label).bind(torch.zeros(2, 4, 4), Case(torch.eye(3), {}, {}))

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from esegeta_monai.engine.perturbation.checkpoint import ScoreCheckpoint
 from esegeta_monai.files.journal import read_run
 from tests.faults.runner import Done, Row, Running, command, start, statuses, unfinished
 from tests.support.cli import make_bundle, make_scan
@@ -79,7 +80,7 @@ def killed(words: list[object], output: Path, longest: int, delay: float = 0.2) 
     """Start a command and kill its group once it has written a random number of files, or at its end."""
     count = len(list(output.rglob("*"))) if output.exists() else 0
     wanted, running = count + random.randint(0, longest), start(*words)
-    while time.monotonic() - running.began < 120:
+    while running.seconds() < 120:
         if (len(list(output.rglob("*"))) if output.exists() else 0) >= wanted:
             break
         if os.waitid(os.P_PID, running.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
@@ -127,7 +128,8 @@ def _table(output: Path) -> list[list[str]]:
 def _evaluate(folder: Path) -> str:
     bundle, scans = study(folder)
     assert command(*explain(folder, folder / "maps")).code == 0
-    words = ["evaluate", "--bundle", bundle, "--input", scans, "--maps", folder / "maps", "--metrics", "Sparseness"]
+    words = ["evaluate", "--bundle", bundle, "--input", scans, "--maps", folder / "maps"]
+    words += ["--metrics", "Sparseness,Deletion(steps=4)"]
     whole = command(*words, "--output", folder / "whole")
     assert whole.code == 0, whole.err
     random.seed(1)
@@ -192,12 +194,13 @@ def stopped(folder: Path, number: int, *more: object) -> tuple[Done, Path, float
         *explain(folder, output, "--no-pictures", *more, methods=LONG), before=lambda: signal.signal(number, heeded)
     )
     while not list(output.glob("*/*_Saliency_attr.json")):
-        assert time.monotonic() - running.began < 120
+        assert running.seconds() < 120
         time.sleep(0.05)
     time.sleep(1)
-    began = time.monotonic()
+    began = running.seconds()
     running.kill(number)
-    return running.wait(), output, time.monotonic() - began
+    done = running.wait()
+    return done, output, done.seconds - began
 
 
 def signalled(name: str) -> Callable[[Path], str]:
@@ -221,7 +224,7 @@ def _nohup(folder: Path) -> None:
     output = folder / "out"
     running = start(*explain(folder, output), before=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
     while not list(output.glob("*/*_attr.json")):
-        assert time.monotonic() - running.began < 120
+        assert running.seconds() < 120
         time.sleep(0.02)
     running.kill(signal.SIGHUP)
     assert running.wait().code == 0
@@ -258,7 +261,7 @@ def _removed(folder: Path) -> str:
     output = folder / "out"
     running = start(*explain(folder, output))
     while not list(output.glob("*/*_attr.json")):
-        assert time.monotonic() - running.began < 120
+        assert running.seconds() < 120
         time.sleep(0.01)
     shutil.rmtree(output, ignore_errors=True)
     done = running.wait()
@@ -269,20 +272,30 @@ def _removed(folder: Path) -> str:
 
 
 def _scores(folder: Path) -> str:
+    """The tables of scores that a kill leaves; damaged ones are named and computed again."""
     study(folder)
-    output = folder / "out"
-    words = explain(folder, output, methods="Rise(n_masks=30000)", scans=folder / "scans" / "c0.nii.gz")
-    running = start(*words)
-    while not list((output / ".scores").rglob("*.npz")):
-        assert time.monotonic() - running.began < 200
-        time.sleep(0.1)
-    running.kill()
-    running.wait()
+    words = explain(folder, folder / "whole", methods="Rise(n_masks=3000)", scans=folder / "scans" / "c0.nii.gz")
+    assert command(*words).code == 0
+    output = words[words.index("--output") + 1] = folder / "out"
+
+    def write_often() -> None:
+        ScoreCheckpoint.__init__.__defaults__ = (0.0,)  # seconds between two writes
+
+    running = start(*words, before=write_often)
+    while not [p for p in (output / ".scores").rglob("*.npz") if not p.name.startswith(".tmp-")]:
+        assert running.seconds() < 200
+        time.sleep(0.01)
+    end(running)
     tables = [path for path in (output / ".scores").rglob("*.npz") if not path.name.startswith(".tmp-")]
     assert tables
     for path in tables:
         path.write_bytes(path.read_bytes()[:100])
-    return f"{len(tables)} table(s) kept"
+    resumed = command(*words)
+    assert resumed.code == 0, (resumed.code, resumed.err)
+    assert "cannot be read" in resumed.err, resumed.err
+    assert digests(output) == digests(folder / "whole")
+    assert not list((output / ".scores").rglob("*.npz"))
+    return f"{len(tables)} table(s) kept by the kill"
 
 
 def _unwritable_log(folder: Path) -> None:
@@ -318,7 +331,7 @@ ROWS = [
     Row(GROUP, "two runs of other cases in one folder", _two(False)),
     Row(GROUP, "two evaluations into one table", _two_evaluations),
     Row(GROUP, "output folder removed during the run", _removed),
-    Row(GROUP, "perturbation scores are kept by a kill", _scores, slow=True),
+    Row(GROUP, "perturbation scores are kept by a kill, and damaged ones computed again", _scores, slow=True),
     Row(GROUP, "esegeta.log cannot be written", _unwritable_log),
     Row(GROUP, "run.json is damaged", _damaged_record),
 ]

@@ -10,7 +10,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
-from tests.faults.runner import TARGET, Done, Row, command
+from tests.faults.runner import TARGET, Done, Row, command, statuses
 from tests.support.cli import make_bundle, make_scan
 
 GROUP = "8 altered folders, and files outside"
@@ -52,6 +52,50 @@ def _voxel(folder: Path) -> str:
     values[8, 8, 8] *= 2
     nib.save(nib.Nifti1Image(values, image.affine, image.header), path)
     return named(folder, "was altered")
+
+
+def _computed_again(folder: Path) -> str:
+    """The same command computes an altered map again, and only this one."""
+    _, path = study(folder)
+    words = ["--bundle", folder / "bundle", "--input", folder / "mine.nii.gz", "--methods", "Saliency,GradCam"]
+    words += ["--target", TARGET, "--output", folder / "out"]
+    assert command("explain", *words).code == 0
+    before = {p.name: p.read_bytes() for p in path.parent.glob("*_attr.nii.gz")}
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(image.get_fdata().astype(np.float32) * 2, image.affine, image.header), path)
+    again = command("explain", *words)
+    assert again.code == 0, again.err
+    results = {method: status for (_, _, method), status in statuses(folder / "out").items()}
+    assert results == {"Saliency": "ok", "GradCam": "skipped"}
+    assert {p.name: p.read_bytes() for p in path.parent.glob("*_attr.nii.gz")} == before
+    return "the map is as before"
+
+
+def _odd_records(folder: Path) -> str:
+    """Records that are JSON, but none of ours: left out or named by all commands; and the work can be done again."""
+    sidecar, _ = study(folder)
+    odd = [1, "x", None, {"case": 5}, {"case": "mine", "target": [], "method": {}}, {"status": 3}]
+    out = folder / "out"
+    (out / "run.json").write_text(json.dumps({"results": odd, "summary": []}))
+    lines = [b'{"case": 1}', b"[]", b"null", b'{"case": "\xff"}', b'{"case":', b"\0" * 100]
+    lines.append(b'{"case": "gone", "target": "t", "method": "M", "status": "?", "map": "../../x_attr.nii.gz"}')
+    with open(out / "run.jsonl", "ab") as file:
+        file.write(b"\n".join([b"", *lines, b""]))
+    report = command("report", out)
+    assert (report.code, report.traceback) == (0, False), report.err
+    for words in (["merge-runs", out], ["merge-runs", folder / "joined", out]):
+        done = command(*words)
+        assert (done.code, done.traceback) == (0, False), done.err
+    assert statuses(folder / "joined").items() >= {("mine", "MultiClassMask-grey matter", "Saliency"): "ok"}.items()
+    sidecar.write_text("[]")
+    report = command("report", out)
+    assert report.code == 1
+    assert "is no record of a map" in report.errors[0], report.err
+    words = ["--bundle", folder / "bundle", "--input", folder / "mine.nii.gz", "--methods", "Saliency"]
+    again = command("explain", *words, "--target", TARGET, "--output", out)
+    assert again.code == 0, again.err
+    assert command("report", out).code == 0
+    return report.errors[0][-140:]
 
 
 def _leads(make: Callable[[Path, Path, Path], str], text: str) -> Callable[[Path], str]:
@@ -121,6 +165,8 @@ def _unlisted(folder: Path) -> None:
 
 ROWS = [
     Row(GROUP, "one voxel of a map altered", _voxel),
+    Row(GROUP, "an altered map is computed again", _computed_again),
+    Row(GROUP, "run.json, journal and sidecar are JSON of another kind", _odd_records),
     Row(GROUP, "sidecar names ../", _leads(lambda f, p, o: f"../../elsewhere/other/{o.name}", "only files beside it")),
     Row(GROUP, "sidecar names an absolute path", _leads(lambda f, p, o: str(o), "only files beside it"), slow=True),
     Row(GROUP, "map is a link to another folder", _leads(_link, "is a link to another folder")),

@@ -24,13 +24,14 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+from PIL import Image
 
 from esegeta_monai.bundle.trust import TRUST_VARIABLE
 from tests.support.cli import make_bundle, make_scan
@@ -49,6 +50,7 @@ class Row:
         check: makes the fault in an empty folder and asserts what must follow; the text it returns (or None) is what
             was measured, for the table.
         slow: pytest runs it only with the slow tests.
+        long: only ``make faults`` runs it, for the tests have few minutes.
         why: the reason, where the fault has a lawful reading or another answer would also be right.
     """
 
@@ -57,6 +59,7 @@ class Row:
     check: Callable[[Path], str | None]
     slow: bool = False
     why: str = ""
+    long: bool = False
 
 
 def all_rows() -> list[Row]:
@@ -70,12 +73,18 @@ def all_rows() -> list[Row]:
 
 @dataclass
 class Done:
-    """A finished command: exit code (a negative signal number, or "timeout"), output, cost."""
+    """A finished command: exit code (a negative signal number, or "timeout"), output, cost.
+
+    Attributes:
+        seconds: time until its end, less `waited`.
+        waited: seconds in which it could have run, but other processes had the processors.
+    """
 
     code: int | str
     out: str
     err: str
     seconds: float
+    waited: float
     cpu_seconds: float
     memory: int
     """Bytes of peak resident memory beyond that at the start."""
@@ -110,15 +119,31 @@ class Running:
         """Send a signal to the command's process group."""
         os.killpg(self.pid, number)
 
+    def waited(self) -> float:
+        """Seconds in which the command could have run, but other processes had the processors; 0 once it has ended.
+
+        A busy machine is no fault of the command, so limits of time do not count them.
+        """
+        try:
+            return int(Path(f"/proc/{self.pid}/schedstat").read_text(encoding="utf-8").split()[1]) / 1e9
+        except (OSError, IndexError):  # it has ended, or the kernel does not count
+            return 0.0
+
+    def seconds(self) -> float:
+        """Seconds since the begin, less those in which other processes had the processors."""
+        return time.monotonic() - self.began - self.waited()
+
     def wait(self, timeout: float = 120) -> Done:
-        """Wait for the end; kill the group after ``timeout`` seconds."""
+        """Wait for the end; kill the group after ``timeout`` seconds of `seconds`."""
         code: int | str
+        waited = 0.0
         while True:
+            waited = max(waited, self.waited())
             pid, status, usage = os.wait4(self.pid, os.WNOHANG)
             if pid:
                 code = os.waitstatus_to_exitcode(status)
                 break
-            if time.monotonic() - self.began > timeout:
+            if time.monotonic() - self.began - waited > timeout:
                 self.kill()
                 _, _, usage = os.wait4(self.pid, 0)
                 code = "timeout"
@@ -129,7 +154,8 @@ class Running:
             code,
             out,
             err,
-            time.monotonic() - self.began,
+            time.monotonic() - self.began - waited,
+            waited,
             usage.ru_utime + usage.ru_stime,
             max(0, usage.ru_maxrss * 1024 - int(at_start or 0)),
         )
@@ -198,6 +224,8 @@ def start(
     sys.stderr.flush()
     pid = os.fork()
     if pid:
+        with suppress(OSError):  # the child does the same; whoever comes first, it can be killed from now on
+            os.setpgid(pid, pid)
         return Running(pid, base)
     status = 98
     try:
@@ -281,7 +309,10 @@ def statuses(output: Path) -> dict[tuple[str, str | None, str | None], str]:
     }
 
 
-def unfinished(output: Path, suffixes: Sequence[str] = (".nii.gz", ".json", ".html")) -> list[str]:
+SUFFIXES = (".nii.gz", ".json", ".html", ".csv", ".png")
+
+
+def unfinished(output: Path, suffixes: Sequence[str] = SUFFIXES) -> list[str]:
     """Files under a final name that are not whole, and temporary files."""
     bad: list[str] = []
     for path in output.rglob("*"):
@@ -303,5 +334,11 @@ def _read_whole(path: Path) -> None:
         np.asanyarray(nib.load(path).dataobj)
     elif path.suffix == ".json":
         json.loads(path.read_text(encoding="utf-8"))
+    elif path.suffix == ".png":
+        with Image.open(path) as picture:
+            picture.load()
+    elif path.suffix == ".csv":
+        if not path.read_bytes().endswith(b"\n"):
+            raise ValueError("the last line has no end")
     elif not path.read_text(encoding="utf-8").rstrip().endswith("</html>"):
         raise ValueError("no end")

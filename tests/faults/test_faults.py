@@ -16,6 +16,7 @@ ROWS = all_rows()
     [
         pytest.param(row, id=f"{row.group.split()[0]}-{row.name}", marks=[pytest.mark.slow] if row.slow else [])
         for row in ROWS
+        if not row.long
     ],
 )
 def test_fault(row: Row, tmp_path: Path) -> None:

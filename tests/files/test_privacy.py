@@ -13,6 +13,20 @@ from esegeta_monai.files.privacy import private, traceback_text, without_paths
         ("/data/Doe Jane/t1.nii.gz: the file is empty", "(scan): the file is empty"),
         ("/data/Doe, Jane/t1.nii.gz: the file is empty", "(scan): the file is empty"),
         ("reading '/data/Doe, Jane/t 1.MHA' failed", "reading '(scan)' failed"),
+        ("cannot open /data/Doe, Jane/t 1.nii.gz: no space", "cannot open (scan): no space"),
+        (
+            "Doe_t1.nii.gz is not on the grid of Doe_t2.nii.gz: register",
+            "(scan) is not on the grid of (scan): register",
+        ),
+        ("see Doe a.nii.gz, /d/Doe b.nii.gz and c/Doe.nrrd", "(scan), (scan) and (scan)"),
+        (
+            "Occlusion: baseline file /data/x/mean.nii.gz does not exist",
+            "Occlusion: baseline file mean.nii.gz does not exist",
+        ),
+        (
+            "feature map: 'Doe 1.nii.gz' is neither a file nor a key",
+            "feature map: '(scan)' is neither a file nor a key",
+        ),
         (r"C:\Users\doe\x.txt is missing", "x.txt is missing"),
         ("cannot write ../Doe/out: no space", "cannot write out: no space"),
         ("[Errno 2] No such file: '/data/Jane Doe/x y.txt'", "[Errno 2] No such file: 'x y.txt'"),
@@ -45,4 +59,4 @@ def test_a_traceback_has_code_and_causes_but_no_folder() -> None:
     assert "/" not in text.replace("tests/", "")
     lines = text.splitlines()
     assert lines[-1] == "ValueError: cannot go on"
-    assert lines.index("which led to:") > lines.index("OSError: (scan)")
+    assert lines.index("which led to:") > lines.index("OSError: no (scan)")

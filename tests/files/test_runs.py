@@ -240,3 +240,18 @@ def test_a_summary_that_cannot_be_written_does_not_lose_the_run(
     assert "run.jsonl has all results" in caplog.text
     assert run.exit_code == 1
     assert [e["case"] for e in read_run(tmp_path).results] == ["a"]
+
+
+def test_a_journal_that_can_no_longer_be_written_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    run = RunRecord(tmp_path)
+    run.set("a", "t", "M", "ok")
+    with monkeypatch.context() as patch:
+        patch.setattr("esegeta_monai.files.journal.os.write", full)
+        with pytest.raises(OutputLost, match=r"No space left on device.*the same command resumes the run"):
+            run.set("b", "t", "M", "ok")
+        with pytest.raises(UsageError, match="No space left on device"):
+            RunRecord(tmp_path)
+    assert [e["case"] for e in read_run(tmp_path).results] == ["a"]

@@ -35,6 +35,7 @@ from esegeta_monai.methods import (
 from esegeta_monai.methods.precision import AGREES, SURE, Agreement, agreement, full_precision
 from esegeta_monai.targets import Box
 from esegeta_monai.utils.distributed import Processes
+from tests.support.networks import ELSEWHERE
 
 WINDOWS = SlidingWindowInferer((8, 8), 2, 0.5, "gaussian")
 TARGET = Box(0, (2, 2), (10, 10))
@@ -270,7 +271,7 @@ class Watched(nn.Module):
         return self.network(x)
 
 
-@pytest.mark.parametrize("name", [m.__name__ for m in METHODS if m.full_precision])
+@pytest.mark.parametrize("name", [m.__name__ for m in METHODS if m.full_precision and m.__name__ not in ELSEWHERE])
 def test_no_pass_of_a_method_in_full_precision_is_under_autocast(name: str) -> None:
     """Not inside another method either, nor inside an autocast of the user's own."""
     kind, cases = METHODS.get(name), [image().flip(2), image().flip(3)]

@@ -104,7 +104,7 @@ def test_a_missing_first_stage_is_named(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError) as caught:  # MONAI's Compose wraps it
         reader.preprocessing({"image": [str(scan(tmp_path / "scans")[0])]})
     assert isinstance(caught.value.__cause__, InputError)
-    assert "empty has no segmentation case.nii.gz" in str(caught.value.__cause__)
+    assert "empty has no segmentation 'case.nii.gz'" in str(caught.value.__cause__)
     with pytest.raises(UsageError, match="no second stage"):
         NnunetReader(model_folder(tmp_path / "other", folds=1), previous=tmp_path / "empty")
 

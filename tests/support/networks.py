@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from tests.support.tensors import DOUBLE
 
 CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+ELSEWHERE = ("AttentionRelevance", "AttentionRollout", "LeGrad", "PromptShapley")
+"""Methods that need self-attention or prompts, which most networks do not have."""
 NORMS = {
     ("instance", 2): nn.InstanceNorm2d,
     ("instance", 3): nn.InstanceNorm3d,

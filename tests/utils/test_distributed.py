@@ -30,15 +30,18 @@ from esegeta_monai.methods import METHODS, IntegratedGradients, Method, Occlusio
 from esegeta_monai.targets import Box, MultiClassMask
 from esegeta_monai.utils.distributed import Processes, process_group
 from tests.support.layers import setting
+from tests.support.networks import ELSEWHERE
 
 FEW = {"n_steps": 3, "n_samples": 4, "n_masks": 6, "grid": 2, "steps": 4, "n_iter": 5, "max_channels": 4}
 NEED_MORE = {
     "Cam",
     "FeaturePermutation",
+    "LayerFeaturePermutation",
     "RegionTest",
     "PatternNet",
     "PatternAttribution",
-}  # a linear head, other cases
+    *ELSEWHERE,
+}  # a linear head, other cases, self-attention, prompts
 
 
 def spawn(work: Callable[..., None], *args: Any, ranks: int = 3) -> None:

@@ -75,5 +75,5 @@ def previous_segmentation(folder: Path, files: Sequence[str], ending: str) -> Pa
     name = Path(files[0]).name.removesuffix(ending).removesuffix("_0000")
     file = folder / f"{name}{ending}"
     if not file.is_file():
-        raise InputError(f"{folder.name} has no segmentation {file.name} of the first stage")
+        raise InputError(f"{folder.name} has no segmentation '{file.name}' of the first stage")
     return file

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -19,7 +20,9 @@ Verdict = Literal["passed", "handled", "warned", "refused", "not checked"]
 Concerns = Literal["all", "gradient", "layer"]
 
 EDGES = (16, 32, 64)
-"""Edges in voxels of the windows that are tried before the whole window; most networks accept one of them."""
+"""Edges in voxels of the windows that are tried before the whole window, each also with the last axis twice as long: a
+network whose normalisation refuses a single position at its lowest resolution accepts two, at half the cost of the next
+edge and less. Most networks accept one of them."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,8 @@ def short_text(error: Exception) -> str:
 def small_sample(model: Model, image: Tensor, plan: WindowPlan, condition: Tensor | None = None) -> Sample:
     """Return the smallest of a few windows of an image that the network accepts.
 
-    They have 16, 32 or 64 voxels along each axis, or the shape of the network's own window.
+    They have 16, 32 or 64 voxels along each axis, some twice as many along the last one, or the shape of the network's
+    own window.
 
     Args:
         model: the network.
@@ -150,10 +154,12 @@ def small_sample(model: Model, image: Tensor, plan: WindowPlan, condition: Tenso
     number = _with_content(image, plan)
     window = plan.cut(image, number)
     fixed = plan.with_coord or condition is not None or model.args or model.kwargs or model.inferer is not None
-    for edge in () if fixed else EDGES:
+    for edge, last in () if fixed else itertools.product(EDGES, (1, 2)):
         if all(n <= edge for n in window.shape[1:]):
             break
-        part = _centre(window, edge)[None].to(model.device)
+        part = _centre(window, [*[edge] * (window.ndim - 2), last * edge])[None].to(model.device)
+        if part.shape[1:] == window.shape:
+            break
         sample = Sample(model, part, plan.slice_axis)
         if _accepts(sample):
             sample.passes = 0
@@ -173,10 +179,10 @@ def _with_content(image: Tensor, plan: WindowPlan) -> int:
     return len(plan) // 2
 
 
-def _centre(window: Tensor, edge: int) -> Tensor:
-    """Cut the centre of a window (C, *roi) with at most ``edge`` voxels along each axis."""
-    starts = [max(n - edge, 0) // 2 for n in window.shape[1:]]
-    return window[last_axes(tuple(slice(start, start + edge) for start in starts))]
+def _centre(window: Tensor, edges: Sequence[int]) -> Tensor:
+    """Cut the centre of a window (C, *roi) with at most ``edges`` voxels along its axes."""
+    starts = [max(n - edge, 0) // 2 for n, edge in zip(window.shape[1:], edges)]
+    return window[last_axes(tuple(slice(start, start + edge) for start, edge in zip(starts, edges)))]
 
 
 def _accepts(sample: Sample) -> bool:

@@ -59,6 +59,8 @@ class Derivative(NetworkCheck):
             return self._unchecked(f"the backward pass fails ({short_text(error)})", double.passes)
         gradient = torch.zeros_like(point) if gradient is None else gradient
         value, largest = self._deviation(double, point, gradient, cotangent)
+        if value is not None and math.isnan(value):
+            return self._unchecked("the output or its gradient is NaN or infinite at this window", double.passes)
         if value is not None and value > self.wrong:
             rounding = self._rounding(score, terms, operations.results) / self._step(double)
             if largest <= rounding:

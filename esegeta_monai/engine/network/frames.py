@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from esegeta_monai.engine.network.axes import ROWS, Axis, Label, Part, clear_label, put_label, window_label
 from esegeta_monai.engine.network.axis_trace import AxisTrace, tensors_in
-from esegeta_monai.engine.network.hooks import LayerCall, first_tensor_or_none, on_output
+from esegeta_monai.engine.network.hooks import INPUT, LayerCall, first_tensor_or_none, on_output
 from esegeta_monai.engine.network.model import out_of_memory
 from esegeta_monai.errors import EsegetaError
+from esegeta_monai.utils.upstream import active_transform
 
 __all__ = ["Frame", "TracedLayer", "TracedLayers", "assemble", "module_names", "trace_layers"]
 
@@ -191,6 +192,7 @@ class TracedLayer:
         kind: class of the module.
         shape: shape of its last output, without batch; None: no tensor.
         frames: the frame of each call; None: it is no map, or not known to be one.
+        transform: the transform of ``torch.func`` that it runs inside, such as vmap; None: there is none.
         sequential: True: a call reads what an earlier call has computed, so that the calls are steps of one
             computation, not views of the window.
     """
@@ -200,6 +202,7 @@ class TracedLayer:
     shape: tuple[int, ...] | None = None
     frames: list[Frame | None] = field(default_factory=list)
     sequential: bool = False
+    transform: str | None = None
 
     @property
     def calls(self) -> int:
@@ -210,25 +213,38 @@ class TracedLayer:
 class TracedLayers(dict[str, TracedLayer]):
     """The layers that ran, in the order in which they finish, by their first name; other names of a module work too.
 
+    A name with the ending `INPUT` finds the first input of a layer, which is not among the items.
+
     Args:
         names: the first name of each module, by all of its names.
+
+    Attributes:
+        inputs: the first inputs of the layers that ran, by their first name with the ending.
     """
 
     def __init__(self, names: Mapping[str, str]) -> None:
         super().__init__()
-        self.names = names
+        self.names = {n + end: first + end for n, first in names.items() for end in ("", INPUT)}
+        self.inputs: dict[str, TracedLayer] = {}
 
     def __missing__(self, name: str) -> TracedLayer:
-        if self.names.get(name, name) == name:
+        layer: TracedLayer | None = self.get(name)
+        if layer is None:
             raise KeyError(name)
-        return self[self.names[name]]
+        return layer
 
     def __contains__(self, name: object) -> bool:
-        return super().__contains__(self.names.get(str(name), name))
+        return self.get(str(name)) is not None
 
     def get(self, name: str, default: Any = None) -> Any:
         """Return a layer by any of its names, or the default if it did not run."""
-        return super().get(self.names.get(name, name), default)
+        first = self.names.get(name, name)
+        return self.inputs.get(first, default) if first.endswith(INPUT) else super().get(first, default)
+
+    def clear(self) -> None:
+        """Forget all layers and their inputs."""
+        super().clear()
+        self.inputs.clear()
 
 
 def module_names(network: nn.Module) -> dict[str, str]:
@@ -267,15 +283,19 @@ def trace_layers(
         inside.pop()
 
     def record(call: LayerCall) -> None:
-        layer = layers.pop(call.name, None) or TracedLayer(call.name, type(call.module).__name__)
-        layers[call.name] = layer
+        at_input = call.name.endswith(INPUT)
+        table = layers.inputs if at_input else layers
+        layer = table.pop(call.name, None) or TracedLayer(call.name, type(call.module).__name__)
+        table[call.name] = layer
+        layer.transform = active_transform()
         value = first_tensor_or_none(select(call.output) if call.name == "" else call.output)
         layer.shape = None if value is None or not value.ndim else tuple(value.shape[1:])
         label = None if value is None else trace.label(value)
         frame: Frame | None = None
         if value is not None and label is not None:
-            layer.sequential |= call.name in label.through
-            put_label(value, replace(label, through=label.through | {call.name}))
+            layer.sequential |= call.name.removesuffix(INPUT) in label.through
+            if not at_input:
+                put_label(value, replace(label, through=label.through | {call.name}))
             known = label.known and len(label.axes) == value.ndim
             frame = frame_of(label, len(roi)) if known else None
         layer.frames.append(frame)
@@ -288,6 +308,7 @@ def trace_layers(
     try:
         torch.backends.mha.set_fastpath_enabled(False)  # it hides the layers inside
         hooked = {n: m for n, m in network.named_modules() if not isinstance(m, torch.jit.ScriptModule)}
+        hooked |= {n + INPUT: m for n, m in hooked.items() if n}
         with on_output(hooked, record), trace:
             try:
                 with torch.inference_mode():

@@ -16,16 +16,20 @@ from esegeta_monai.engine.network.model import is_scripted
 from esegeta_monai.errors import NetworkError, UsageError
 from esegeta_monai.utils.upstream import active_transform, write_count
 
-__all__ = ["Captured", "LayerCall", "capture", "find_layer", "on_output", "replaced"]
+__all__ = ["INPUT", "Captured", "LayerCall", "capture", "find_layer", "on_output", "replaced"]
+
+INPUT = ":input"
+"""Ending of a layer's name that stands for the layer's first input in place of its output."""
 
 
 def find_layer(network: nn.Module, name: str) -> nn.Module:
-    """Return the module at a dotted name.
+    """Return the module at a dotted name; with the ending `INPUT`, the module whose input is meant.
 
     Raises:
         UsageError: no such layer (the message lists near matches), or an empty name.
         NetworkError: the network is TorchScript.
     """
+    name = name.removesuffix(INPUT)
     module, within = network, [network]
     try:
         for part in name.split("."):
@@ -115,10 +119,21 @@ def _counts(args: Sequence[Any]) -> list[int]:
 
 @contextmanager
 def on_output(layers: Mapping[str, nn.Module], hook: Callable[[LayerCall], Any]) -> Iterator[None]:
-    """Call ``hook`` after each call of the layers while the block runs; a result except None replaces the output."""
+    """Call ``hook`` after each call of the layers while the block runs; a result except None replaces the output.
+
+    For a name with the ending `INPUT`, the hook is called before the layer, with its first positional input as the
+    output; a result replaces that input.
+    """
     counts: dict[str, list[int]] = {}
 
+    def at_input(name: str, module: nn.Module, args: tuple[Any, ...]) -> Any:
+        first = args[0] if args else None
+        result = hook(LayerCall(name, module, args[:1], first, _counts(args[:1])))
+        return None if result is None else (result, *args[1:])
+
     def register(name: str, module: nn.Module) -> list[RemovableHandle]:
+        if name.endswith(INPUT):
+            return [module.register_forward_pre_hook(lambda m, args: at_input(name, m, args))]
         return [
             module.register_forward_pre_hook(lambda m, args: counts.update({name: _counts(args)})),
             module.register_forward_hook(lambda m, args, output: hook(LayerCall(name, m, args, output, counts[name]))),
@@ -140,6 +155,14 @@ def first_tensor_or_none(output: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def unreadable(layer: str, transform: str) -> str:
+    """Return the reason why a layer cannot be read that runs inside a transform of ``torch.func``."""
+    return (
+        f"layer {layer!r} runs inside torch.func.{transform}, where its output cannot be read: choose a layer "
+        "outside it, or a gradient or perturbation method that reads no layer"
+    )
+
+
 def first_tensor(layer: str, output: Any) -> Tensor:
     """Return a layer's output, of any shape, or the first of several outputs.
 
@@ -148,11 +171,10 @@ def first_tensor(layer: str, output: Any) -> Tensor:
     """
     transform = active_transform()
     if transform is not None:
-        raise NetworkError(
-            f"layer {layer!r} runs inside torch.func.{transform}, where its output cannot be read: choose a layer "
-            "outside it, or a gradient or perturbation method that reads no layer"
-        )
+        raise NetworkError(unreadable(layer, transform))
     value = first_tensor_or_none(output)
+    if value is None and layer.endswith(INPUT) and output is None:
+        raise NetworkError(f"layer {layer!r} takes no input by position: choose the output of the layer before it")
     if value is None:
         raise NetworkError(f"layer {layer!r} gives {type(value).__name__}, not a tensor: choose one inside it")
     return value

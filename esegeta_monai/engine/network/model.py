@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from esegeta_monai.engine.network.outputs import OutputChoice, batch_first, choose_output, select_output
 from esegeta_monai.errors import EsegetaError, MethodError, NetworkError
+from esegeta_monai.utils.files import same_folder
 from esegeta_monai.utils.tensors import copied
 from esegeta_monai.utils.upstream import non_reentrant_checkpoints
 
@@ -97,6 +98,8 @@ class Model:
             images expects. Under a sliding window it is passed unchanged, as in MONAI.
         copies_input: give the network copies of each window and of further inputs, as it may write into them.
         inputs_as: ``"dict"`` or ``"list"``: pass the image inputs together as the network's first argument.
+        layer_axes: axes of layers where they cannot be found out, see
+            `esegeta_monai.engine.network.declared_axes.DeclaredAxes`.
 
     Attributes:
         preferred: keys of outputs that a bundle's postprocessing reads.
@@ -123,7 +126,9 @@ class Model:
         copies_input: bool = False,
         members: Sequence[Mapping[str, Tensor]] = (),
         inputs_as: str | None = None,
+        layer_axes: Mapping[str, str] | None = None,
     ) -> None:
+        self.layer_axes = dict(layer_axes or {})
         self.inferer, self.repeats, self.copies_input = inferer, repeats, copies_input
         self.members = tuple(members)
         self.network, self.device, self.output = network, device, output
@@ -267,15 +272,19 @@ class Model:
 
 @contextmanager
 def _contained(changed: set[str]) -> Iterator[None]:
-    """Restore torch's default dtype, grad mode and seed, which a network may set in its pass; add what it changed.
+    """Restore torch's default dtype, grad mode and seed and the working folder, which a network may set in its pass;
+    add what it changed.
 
     A network that draws random numbers, without setting the seed, goes on with the next ones.
     """
     dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
     seed, random = torch.initial_seed(), torch.get_rng_state()
     try:
-        yield
+        with same_folder() as moved:
+            yield
     finally:
+        if moved:
+            changed.add("the working folder")
         if torch.initial_seed() != seed:
             changed.add(f"the seed of torch's random numbers (to {torch.initial_seed()})")
             torch.set_rng_state(random)

@@ -8,7 +8,7 @@ and `Run` accepts the rules of a custom method.
 from __future__ import annotations
 
 from esegeta_monai.engine.rules.composites import COMPOSITES, RULES, Composite, composite_of
-from esegeta_monai.engine.rules.contrast import Sides, contrastive_excitation, contrastive_lrp
+from esegeta_monai.engine.rules.contrast import Sides, contrastive_excitation, contrastive_lrp, layer_contrast
 from esegeta_monai.engine.rules.excitation import excitation
 from esegeta_monai.engine.rules.finite_differences import deep_lift, deep_lift_multiplier
 from esegeta_monai.engine.rules.guided import deconvolution, guided
@@ -54,6 +54,7 @@ __all__ = [
     "distribute_shares",
     "excitation",
     "guided",
+    "layer_contrast",
     "local_gradient",
     "lrp",
     "lrp_through",

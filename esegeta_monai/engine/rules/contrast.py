@@ -6,12 +6,12 @@ They are returned separately, because the maps of all windows have to be added b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from esegeta_monai.engine.rules.composites import Composite
 from esegeta_monai.engine.rules.excitation import Probabilities, Side
@@ -23,7 +23,7 @@ from esegeta_monai.engine.rules.run import Compare, Forward, Run
 from esegeta_monai.engine.rules.weighted import ZPlus
 from esegeta_monai.errors import MethodError
 
-__all__ = ["Sides", "contrastive_excitation", "contrastive_lrp"]
+__all__ = ["Sides", "contrastive_excitation", "contrastive_lrp", "layer_contrast"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Sides:
     """A target and its opposite.
 
     Attributes:
-        target, opposite: probability or relevance of the input, (k, n, C, *roi).
+        target, opposite: probability or relevance of the input, (k, n, C, *roi), or of a layer's output, (k, n, …).
         kept: (2, k) for target and opposite, summed over windows, float64. Excitation: the probability that the last
             operations with weights pass on. LRP: the relevance that biases and other constants absorb.
         total: (k,), summed over windows, float64: the start of each side, the prior or Σ y · cotangent.
@@ -76,6 +76,73 @@ def contrastive_excitation(forward: Forward, x: Tensor, cotangents: Tensor, *, c
     return Sides(
         traced[0], traced[1], torch.stack(kept).reshape(2, -1), cotangents.flatten(1).sum(1, dtype=torch.float64)
     )
+
+
+def layer_contrast(
+    forward: Forward,
+    x: Tensor,
+    cotangents: Tensor,
+    layers: Mapping[str, nn.Module],
+    layer: str,
+    contrast: str,
+    *,
+    compare: Compare = True,
+) -> Sides:
+    """Compute both sides of contrastive excitation backpropagation at the output of a layer.
+
+    The side of the opposite is the part that passes through another layer, the contrast layer: the probability that
+    arrives there, traced further down to the layer.
+
+    Args:
+        forward, x, compare: as in :func:`contrastive_excitation`, windows (n, C, *roi).
+        cotangents: (k, n, K, …), not negative.
+        layers: both layers by name.
+        layer: name of the layer that is read.
+        contrast: name of the contrast layer; it may be the same.
+
+    Returns:
+        Both sides at the layer, (k, n, …), see :class:`Sides`.
+
+    Raises:
+        MethodError: the contrast layer does not lie between the layer and the output.
+
+    >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2)).eval()
+    >>> c, named = torch.tensor([[[0.0, 1.0]]]), {"0": net[0], "1": net[1]}
+    >>> layer_contrast(net, torch.rand(1, 3), c, named, "0", "1").opposite.shape
+    torch.Size([1, 1, 4])
+    """
+    side = Side()
+    run = Run(forward, x, Probabilities(side), layers=layers, compare=compare)
+    _mark_top(run.output.grad_fn)
+    targets, opposites, kept = [], [], []
+    for second in (False, True):
+        for cotangent in cotangents:
+            side.lost, side.opposite = 0.0, second
+            (arriving,) = [at for _, at, _ in run.backward(cotangent[None])]
+            kept.append(cotangent.sum(dtype=torch.float64) - side.lost)
+            if not second:
+                targets.append(arriving[layer])
+            elif layer == contrast:
+                opposites.append(arriving[layer])
+            else:
+                opposites.append(_traced_down(run, arriving[contrast], contrast, layer))
+    total = cotangents.flatten(1).sum(1, dtype=torch.float64)
+    return Sides(torch.stack(targets), torch.stack(opposites), torch.stack(kept).reshape(2, -1), total)
+
+
+def _traced_down(run: Run, arriving: Tensor, above: str, below: str) -> Tensor:
+    """Trace a signal (n, …) at the output of one layer down to that of another (n, …)."""
+    upper, lower = run.captured[above], run.captured[below]
+    traced = None
+    if upper.requires_grad and lower.requires_grad:
+        with torch.inference_mode(False):
+            (traced,) = torch.autograd.grad(upper, [lower], arriving, retain_graph=True, allow_unused=True)
+    if traced is None:
+        raise MethodError(
+            f"the contrast layer {above!r} does not depend on layer {below!r}: name the layer itself, or one between "
+            "it and the output"
+        )
+    return traced
 
 
 def contrastive_lrp(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -175,10 +176,12 @@ class PathShares(Sum):
 
     def measure(self, done: FinishedMap) -> CheckResult:
         references = _references(done)
+        f, x0 = done.precise, references[0]
+        if not getattr(done.method, "multiply_by_inputs", True):  # the shares are the map times x − x₀
+            done = replace(done, values=done.values.to(f.image) * (f.image - x0))
         failed = self.of_sum(done, references)
         if failed is not None:
             return failed
-        f, x0 = done.precise, references[0]
         map_, dx = done.values.to(f.image), f.image - x0
         moving = ~(constant_areas(f.image) & constant_areas(x0))
         weights = [u * moving for u in boxes_of(done, map_)]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from esegeta_monai.engine.checks.base import CheckResult
 from esegeta_monai.engine.layer_frames import traced_layers
+from esegeta_monai.engine.network.hooks import INPUT
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.windows.plan import Call, last_axes
 from esegeta_monai.explain.map_checks.base import FinishedMap, MapCheck, NotChecked, deviation
@@ -158,8 +159,15 @@ def _read(objective: Objective, layer: str, window: int, k: int | None = None) -
         outputs.append(out)
         return out.clone() if isinstance(out, Tensor) else out  # a later operation may write into it
 
+    def first(value: Any) -> Any:
+        return hook(None, None, value.clone() if isinstance(value, Tensor) else value)
+
     x = objective.window(window).requires_grad_(k is not None)
-    handle = objective.model.network.get_submodule(layer).register_forward_hook(hook)
+    module = objective.model.network.get_submodule(layer.removesuffix(INPUT))
+    if layer.endswith(INPUT):  # the clone that the layer receives, so that its other uses are not part of the gradient
+        handle = module.register_forward_pre_hook(lambda m, args: (first(args[0]), *args[1:]))
+    else:
+        handle = module.register_forward_hook(hook)
     try:
         with torch.set_grad_enabled(k is not None):
             out = objective.run(x, [window])

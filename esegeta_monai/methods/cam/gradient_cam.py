@@ -14,10 +14,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Generator, Sequence
-from dataclasses import replace
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from esegeta_monai.engine.calls import parts_of
@@ -39,7 +41,8 @@ from esegeta_monai.methods.layer.scattered import ScatteredGradients
 from esegeta_monai.methods.lockstep import lockstep
 from esegeta_monai.methods.run import run
 
-__all__ = ["EigenCam", "GradCam", "GradCamPlusPlus", "HiResCam", "LayerCam", "XGradCam", "check_layers"]
+__all__ = ["EigenCam", "GradCam", "GradCamPlusPlus", "HiResCam", "LayerCam", "SegXResCam", "XGradCam"]
+__all__ += ["check_layers"]
 
 Layers = str | Sequence[str] | None
 LayerPasses = Generator[Request, Any, Tensor]
@@ -266,6 +269,55 @@ class LayerCam(HiResCam):
     def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
         maps, _ = yield ScatteredGradients(layer, _positive_product)
         return maps
+
+
+class SegXResCam(HiResCam):
+    """``ReLU(Σ_c A_c up(pool(∂F/∂A_c)))``: `HiResCam` with gradients that are pooled over blocks of positions and
+    enlarged again by repetition (Hasany et al. 2023).
+
+    Blocks of one position give `HiResCam`; one block for the whole layer, with ``pooling="mean"``, gives
+    `LayerGradCam` on one window. Blocks begin at the first position of a window; those at its end may be smaller.
+
+    Args:
+        layer, relu: see `GradCam`.
+        block: positions of a block along each axis.
+        pooling: ``"max"``, as in the paper, or ``"mean"``.
+    """
+
+    reference = "Hasany et al., CVPR workshop 2023 (XAI4CV), pages 3733-3738"
+
+    block: int = 2
+    pooling: Literal["max", "mean"] = "max"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.block < 1 or self.pooling not in ("max", "mean"):
+            raise UsageError(f"SegXResCam: block={self.block} must be at least 1, pooling={self.pooling!r} max or mean")
+
+    def layer_map(self, objective: Objective, layer: str) -> LayerPasses:
+        maps, _ = yield ScatteredGradients(layer, _PooledProduct(self.block, self.pooling))
+        return maps
+
+
+@dataclass(frozen=True)
+class _PooledProduct:
+    """Activation times pooled gradient; equal instances share a request."""
+
+    block: int
+    pooling: str
+
+    def __call__(self, activations: Tensor, gradients: Tensor) -> Tensor:
+        positions = gradients.shape[3:]
+        pool: Any = {  # with ceil_mode, the mean of a smaller block at the end counts its own positions only
+            ("max", 2): partial(F.max_pool2d, ceil_mode=True),
+            ("max", 3): partial(F.max_pool3d, ceil_mode=True),
+            ("mean", 2): partial(F.avg_pool2d, ceil_mode=True, count_include_pad=False),
+            ("mean", 3): partial(F.avg_pool3d, ceil_mode=True, count_include_pad=False),
+        }[self.pooling, len(positions)]
+        pooled = pool(gradients.flatten(0, 1), self.block, self.block)
+        for axis, n in enumerate(positions, 2):
+            pooled = pooled.repeat_interleave(self.block, axis).narrow(axis, 0, n)
+        return activations * pooled.unflatten(0, gradients.shape[:2])
 
 
 def _positive_product(activations: Tensor, gradients: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.engine.baselines import noise_like
+from esegeta_monai.engine.default_layer import default_layer
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import METHODS, Explained, Method
@@ -23,7 +24,8 @@ class SmoothGrad(Method):
     Noise is drawn once for the volume, with the run's seed, so that overlapping windows see the same noise.
 
     Args:
-        method: the inner method (an instance, a config or text); any method that gives an input map.
+        method: the inner method (an instance, a config or text); any method that gives a map of the image or of a
+            layer. Where it chooses a default layer, the layer is that of the image without noise.
         n_samples: n.
         std: standard deviation of the noise, in units of each channel's standard deviation.
 
@@ -43,12 +45,13 @@ class SmoothGrad(Method):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.method: Method = METHODS.create(self.method)
-        if self.method.produces != "input map":
-            raise UsageError(f"SmoothGrad needs a method with an input map, not {self.method.name}")
+        if self.method.produces == "synthesised image":
+            raise UsageError(f"{type(self).__name__} needs a method with a map, not {self.method.name}")
         if self.n_samples < 1:
             raise UsageError(f"n_samples={self.n_samples}: at least one sample is needed")
         if self.std < 0:
             raise UsageError(f"std={self.std}: noise cannot have a negative standard deviation")
+        self.produces = self.method.produces  # type: ignore[misc]
         self.additive = self.method.additive  # type: ignore[misc]
         self.full_precision = self.method.full_precision  # type: ignore[misc]
         self.needs_gradient = self.method.needs_gradient  # type: ignore[misc]
@@ -67,9 +70,16 @@ class SmoothGrad(Method):
         """(k, C, *spatial)."""
         total: Tensor | None = None
         for maps in self._samples(objective):
-            total = maps if total is None else total.add_(maps)
+            total = maps.clone() if total is None else total.add_(maps)
         assert total is not None
-        return Explained(total / self.n_samples)
+        return Explained(total / self.n_samples, self._layer(objective))
+
+    def _layer(self, objective: Objective) -> dict[str, Any]:
+        """Return the layer of the inner method, for the record; chosen at the image without noise."""
+        layer = getattr(self.method, "layer", None)
+        if self.produces not in ("layer map", "activation"):
+            return {}
+        return {"layer": default_layer(objective) if layer is None else layer}
 
     def passes(self, objective: Objective) -> int:
         """Count the inner method's passes per sample, and a prediction where F at the noisy image is needed."""
@@ -85,6 +95,7 @@ class SmoothGrad(Method):
     def _samples(self, objective: Objective) -> Iterator[Tensor]:
         """Yield the method's maps (k, C, *spatial) at each noisy image."""
         generator = objective.generator()
+        self._layer(objective)  # a default layer is chosen once, and passes on to the noisy images
         for _ in range(self.n_samples):
             noisy = objective.image + noise_like(objective.image, self.std, generator)
             yield run(self.method, objective.derive(image=noisy)).maps
@@ -119,7 +130,7 @@ class SmoothGradSquared(SmoothGrad):
         for maps in self._samples(objective):
             total = maps.square() if total is None else total + maps.square()
         assert total is not None
-        return Explained(total / self.n_samples)
+        return Explained(total / self.n_samples, self._layer(objective))
 
 
 class VarGrad(SmoothGradSquared):
@@ -142,4 +153,4 @@ class VarGrad(SmoothGradSquared):
             step = maps - mean
             mean += step / (i + 1)
             squares += step * (maps - mean)
-        return Explained(squares / self.n_samples)
+        return Explained(squares / self.n_samples, self._layer(objective))

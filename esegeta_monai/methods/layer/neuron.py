@@ -18,7 +18,7 @@ from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods.base import Explained, Method
 from esegeta_monai.methods.layer.path import along_path
-from esegeta_monai.methods.path.integrated_gradients import Rule, check_steps, quadrature
+from esegeta_monai.methods.path.integrated_gradients import Rule, check_steps, of_factor, quadrature
 
 __all__ = ["NeuronConductance"]
 
@@ -37,12 +37,12 @@ class NeuronConductance(Method):
         baseline: x₀, see `esegeta_monai.engine.baselines`.
         n_steps: number of gradients.
         method: the quadrature rule, in Captum's names.
+        multiply_by_inputs: False: the mean gradient through the units, without the factor ``x − x₀``, as in Captum.
     """
 
     reference = "Dhamdhere et al., ICLR 2019, arXiv:1805.12233"
     produces = "input map"
     additive = True
-    units = "target per voxel"
 
     layer: str | None = None
     channel: int | None = None
@@ -50,11 +50,17 @@ class NeuronConductance(Method):
     baseline: Any = "auto"
     n_steps: int = 32
     method: Rule = "gausslegendre"
+    multiply_by_inputs: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        of_factor(self)
         check_steps(self.n_steps)
         quadrature(self.method, 2)
+
+    @property
+    def units(self) -> str:
+        return "target per voxel" if self.multiply_by_inputs else "target per unit of image intensity"
 
     def passes(self, objective: Objective) -> int:
         """Count one pass per step, F at the baseline, and a forward pass for each if a target is non-linear."""
@@ -88,7 +94,9 @@ class NeuronConductance(Method):
                 raise MethodError(f"the target does not depend on layer {layer!r} by a differentiable path")
             chosen = self._units(values, objective, layer, batch)
             share = torch.tensor([weights[nodes[j]] for j in batch.sources], dtype=x.dtype, device=x.device)
-            step = (batch.image - batch.cut(x0)) * share.reshape(-1, *(1,) * (x.ndim - 1))
+            step = (batch.image - batch.cut(x0) if self.multiply_by_inputs else 1.0) * share.reshape(
+                -1, *(1,) * (x.ndim - 1)
+            )
             through = [torch.autograd.grad(values, x, g * chosen, retain_graph=True)[0] for g in gradient]
             objective.add(maps, batch, torch.stack(through) * step)
 

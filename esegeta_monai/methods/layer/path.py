@@ -18,7 +18,7 @@ from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods.base import Explained, completeness
 from esegeta_monai.methods.layer.activation import LayerMethod
 from esegeta_monai.methods.layer.scattered import LayerSum
-from esegeta_monai.methods.path.integrated_gradients import Rule, check_steps, quadrature
+from esegeta_monai.methods.path.integrated_gradients import Rule, check_steps, of_factor, quadrature
 from esegeta_monai.utils.distributed import Summed
 
 __all__ = ["InternalInfluence", "LayerConductance", "LayerIntegratedGradients", "along_path", "layer_pass"]
@@ -156,12 +156,22 @@ class LayerIntegratedGradients(_Quadrature):
         baseline: x₀, see `esegeta_monai.engine.baselines`.
         n_steps: number of gradients.
         method: the quadrature rule, in Captum's names.
+        multiply_by_inputs: False: the mean gradient, without the factor ``A − A₀``, as in Captum.
     """
 
     reference = "Sundararajan et al., ICML 2017, arXiv:1703.01365"
     additive = True
-    units = "target per voxel"
     gap_advice = "take more steps (n_steps)"
+
+    multiply_by_inputs: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        of_factor(self)
+
+    @property
+    def units(self) -> str:
+        return "target per voxel" if self.multiply_by_inputs else "target per unit of activation and voxel"
 
     def passes(self, objective: Objective) -> int:
         """Count image and baseline once per step (twice for non-linear targets), and once at the start."""
@@ -183,7 +193,8 @@ class LayerIntegratedGradients(_Quadrature):
                 (g,) = batch.gradients(out, [mixed["leaf"]])
                 if g is None:
                     raise MethodError(_unreached(layer))
-                total.add(batch, weights[alpha] * g * (mixed["end"] - mixed["start"]))
+                factor = mixed["end"] - mixed["start"] if self.multiply_by_inputs else 1.0
+                total.add(batch, weights[alpha] * g * factor)
 
             predictions = None if objective.linear else self._predict(objective, layer, alpha, x0)
             objective.each([(0, w) for w in objective.windows], run, predictions=predictions, sums=[total])
@@ -192,7 +203,7 @@ class LayerIntegratedGradients(_Quadrature):
         )
         maps, padding = total.result()
         notes: dict[str, Any] = {"layer": layer, "sum_in_padding": padding}
-        if self.reduce == "sum":
+        if self.reduce == "sum" and self.multiply_by_inputs:
             notes |= completeness(maps, (objective.image_values() - start).cpu(), padding)
         return Explained(maps, {**notes, **describe_baseline(baseline, start)})
 

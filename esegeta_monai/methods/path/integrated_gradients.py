@@ -37,6 +37,8 @@ class IntegratedGradients(Method):
             relative completeness gap is at most ``tolerance`` or ``max_steps`` gradients are used. Errors that cancel
             do not count: the root of the sum of their squares must be as small.
         max_steps: the greatest number of gradients with ``tolerance``.
+        multiply_by_inputs: False: the mean gradient on the path, without the factor ``x − x₀``, as in Captum; it is no
+            share of a sum.
 
     Memory: two maps per target for fixed steps, ``SEGMENTS + 2`` with ``tolerance``, for any number of steps.
 
@@ -49,7 +51,6 @@ class IntegratedGradients(Method):
     reference = "Sundararajan et al., ICML 2017, arXiv:1703.01365"
     produces = "input map"
     additive = True
-    units = "target per voxel"
     reads_image_value = True
     gap_advice = (
         "take more steps (tolerance=1e-3), or another baseline: under instance, group or layer norm the "
@@ -61,25 +62,33 @@ class IntegratedGradients(Method):
     method: Rule = "gausslegendre"
     tolerance: float | None = None
     max_steps: int = 1024
+    multiply_by_inputs: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        of_factor(self)
         check_steps(self.n_steps)
         if self.tolerance is not None and (self.tolerance <= 0 or self.max_steps <= SEGMENTS):
             raise UsageError(f"tolerance={self.tolerance} must be positive, and max_steps more than {SEGMENTS}")
         quadrature(self.method, 1)
 
+    @property
+    def units(self) -> str:
+        return "target per voxel" if self.multiply_by_inputs else "target per unit of image intensity"
+
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial)."""
         baseline = baseline_for(self.baseline)
         x, x0 = objective.image, baseline.draw(objective, objective.generator())
+        dx = x - x0
         if self.tolerance is None:
             ends = torch.stack([objective.value(x0[None])[:, 0], objective.image_values()], 1)
-            maps = self._fixed(objective, x0, x - x0)
+            maps = self._fixed(objective, x0, dx)
             steps = self.n_steps
         else:
-            maps, ends, steps = _adaptive(objective, x0, x - x0, self.tolerance, self.max_steps)
-        sums = completeness(maps, ends[:, 1] - ends[:, 0])
+            maps, ends, steps = _adaptive(objective, x0, dx, self.tolerance, self.max_steps)
+        shares = maps.mul_(dx) if self.multiply_by_inputs else maps * dx
+        sums = completeness(shares, ends[:, 1] - ends[:, 0])
         notes = {**sums, "steps": steps, **describe_baseline(baseline, ends[:, 0])}
         return Explained(maps, notes)
 
@@ -103,7 +112,13 @@ class IntegratedGradients(Method):
                 for j, alpha in enumerate(part):
                     maps.add_(gradient.maps[:, j], alpha=weights[alpha])
                 del gradient  # frees its memory before the next one is computed
-        return maps.mul_(dx)
+        return maps
+
+
+def of_factor(method: Any) -> None:
+    """Make a path method without the factor ``x − x₀`` not additive: its map is a mean gradient, no share of a sum."""
+    if not method.multiply_by_inputs:
+        method.additive = False
 
 
 def check_steps(n_steps: int) -> None:
@@ -145,7 +160,7 @@ def _adaptive(
     """Integrate by a nested trapezoid rule with local bisection.
 
     Returns:
-        Maps (k, C, *spatial), F at both ends (k, 2), and the number of gradients.
+        Mean gradients (k, C, *spatial), F at both ends (k, 2), and the number of gradients.
     """
     edges = [j / SEGMENTS for j in range(SEGMENTS + 1)]
     segments: list[_Segment] = []
@@ -185,7 +200,7 @@ def _adaptive(
     maps = segments[0].map
     for segment in segments[1:]:
         maps += segment.map
-    return maps * dx, ends, steps
+    return maps, ends, steps
 
 
 def _within(errors: Tensor, tolerance: float) -> bool:

@@ -20,8 +20,9 @@ from esegeta_monai.methods.base import Explained, Method, completeness
 from esegeta_monai.methods.layer.activation import LayerMethod
 from esegeta_monai.methods.layer.path import layer_pass
 from esegeta_monai.methods.layer.scattered import LayerSum
+from esegeta_monai.methods.path.integrated_gradients import of_factor
 
-__all__ = ["GradientShap", "LayerGradientShap"]
+__all__ = ["ExpectedGradients", "GradientShap", "LayerGradientShap"]
 
 
 @dataclass
@@ -42,18 +43,23 @@ class _ExpectedGradients(Method):
 
     reference = "Erion et al., Nature Machine Intelligence 2021, arXiv:1906.10670"
     additive = True
-    units = "target per voxel"
     reads_image_value = True
 
     baseline: Any = "auto"
     n_samples: int = 32
     std: float = 0.0
+    multiply_by_inputs: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        of_factor(self)
         if self.n_samples < 2 or self.std < 0:
             needed = f"n_samples={self.n_samples} must be at least 2 (for the standard error)"
             raise UsageError(f"{needed}, std={self.std} not negative")
+
+    @property
+    def units(self) -> str:
+        return "target per voxel" if self.multiply_by_inputs else "target per unit of image intensity"
 
     def _draws(self, objective: Objective) -> Iterator[_Draw]:
         generator, baseline = objective.generator(), baseline_for(self.baseline)
@@ -75,6 +81,7 @@ class GradientShap(_ExpectedGradients):
         baseline: the distribution of x₀, see `esegeta_monai.engine.baselines`.
         n_samples: number of draws.
         std: standard deviation of the noise added to the image, in units of each channel's standard deviation.
+        multiply_by_inputs: False: the mean gradient, without the factor ``x' − x₀``, as in Captum.
 
     Example:
         >>> GradientShap(baseline="noise", n_samples=16).parameters["std"]
@@ -82,6 +89,7 @@ class GradientShap(_ExpectedGradients):
     """
 
     produces = "input map"
+    aliases = ("ExpectedGradients",)
     gap_advice = "take more draws (n_samples); completeness_error is its standard error"
 
     def passes(self, objective: Objective) -> int:
@@ -93,21 +101,30 @@ class GradientShap(_ExpectedGradients):
         """(k, C, *spatial)."""
         baseline = baseline_for(self.baseline)
         maps, misses, ends, starts = objective.new_maps(), [], [], []
+        shares = maps if self.multiply_by_inputs else torch.zeros_like(maps)
         for draw in self._draws(objective):
-            one = objective.gradient(draw.point[None]).maps[:, 0] * (draw.x - draw.x0)
+            mean = objective.gradient(draw.point[None]).maps[:, 0]
+            one = mean * (draw.x - draw.x0)
             start = objective.value(draw.x0[None])[:, 0]
             end = objective.value(draw.x[None])[:, 0] if self.std else objective.image_values()
             misses.append(one.flatten(1).sum(1, dtype=torch.float64).cpu() - (end - start).cpu())
             ends.append(end)
             starts.append(start)
-            maps += one
+            shares += one
+            if not self.multiply_by_inputs:
+                maps += mean
         maps /= self.n_samples
+        if not self.multiply_by_inputs:
+            shares /= self.n_samples
         first, last = torch.stack(starts).mean(0), torch.stack(ends).mean(0)
         errors = torch.stack(misses).std(0) / math.sqrt(self.n_samples)
         change = (last - first).abs().cpu()
         error = [float(e / c) if c != 0 else None for e, c in zip(errors, change)]
-        notes = {**completeness(maps, last - first), "completeness_error": error}
+        notes = {**completeness(shares, last - first), "completeness_error": error}
         return Explained(maps, {**notes, "n_samples": self.n_samples, **describe_baseline(baseline, first)})
+
+
+ExpectedGradients = GradientShap
 
 
 class LayerGradientShap(_ExpectedGradients, LayerMethod):
@@ -116,12 +133,16 @@ class LayerGradientShap(_ExpectedGradients, LayerMethod):
     Args:
         layer: dotted name; None: the default layer, named in the record.
         reduce: ``"channels"``, ``"sum"``, ``"mean"``, ``"abs"`` or ``"positive"``, see `LayerActivation`.
-        baseline, n_samples, std: see `GradientShap`.
+        baseline, n_samples, std, multiply_by_inputs: see `GradientShap`.
     """
+
+    @property
+    def units(self) -> str:
+        return "target per voxel" if self.multiply_by_inputs else "target per unit of activation and voxel"
 
     def passes(self, objective: Objective) -> int:
         """Count per draw a gradient, the layer at image and baseline, and one more for non-linear targets."""
-        each = (3 + (not objective.linear)) * len(objective.windows)
+        each = ((3 if self.multiply_by_inputs else 1) + (not objective.linear)) * len(objective.windows)
         return self.n_samples * each + choice_passes(self.baseline, objective)
 
     def attribute(self, objective: Objective) -> Explained:
@@ -133,7 +154,9 @@ class LayerGradientShap(_ExpectedGradients, LayerMethod):
 
             def run(batch: Batch, draw: _Draw = draw) -> None:
                 _, g = layer_pass(batch, batch.cut(draw.point), layer)
-                total.add(batch, g * (_activation(batch, draw.x, layer) - _activation(batch, draw.x0, layer)))
+                if self.multiply_by_inputs:
+                    g = g * (_activation(batch, draw.x, layer) - _activation(batch, draw.x0, layer))
+                total.add(batch, g)
 
             predictions = None if objective.linear else objective.predict(draw.point[None])
             objective.each([(0, w) for w in objective.windows], run, predictions=predictions, sums=[total])

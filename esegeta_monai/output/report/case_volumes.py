@@ -12,6 +12,7 @@ import torch
 from esegeta_monai.engine.feature_masks import foreground
 from esegeta_monai.errors import InputError
 from esegeta_monai.output.report.collect import CaseResults, Result
+from esegeta_monai.output.report.memo import Memo, file_key
 from esegeta_monai.output.report.volumes import View, open_volume, read_volume
 
 __all__ = ["CaseVolumes", "body_of", "read_case", "view_of"]
@@ -55,12 +56,16 @@ class CaseVolumes:
         return mask.astype(bool) if mask is not None and mask.any() else None
 
 
-def read_case(case: CaseResults, shown: list[tuple[int, Result]], affine: np.ndarray, view: View) -> CaseVolumes:
+def read_case(
+    case: CaseResults, shown: list[tuple[int, Result]], affine: np.ndarray, view: View, memo: Memo
+) -> CaseVolumes:
+    """Read scan, maps and masks on the grid of the page; what the memo has is not read again."""
     volumes = CaseVolumes()
 
     def read(path: Path, most: int | None = None) -> list[np.ndarray]:
         try:
-            return read_volume(path, affine, view, slice(most))
+            key = ("read", file_key(path), affine.tobytes(), view.key, most)
+            return memo.get(key, lambda: read_volume(path, affine, view, slice(most)))
         except InputError as error:
             volumes.notes.append(str(error))
             return []
@@ -68,7 +73,9 @@ def read_case(case: CaseResults, shown: list[tuple[int, Result]], affine: np.nda
     kept = _strongest([result.map for _, result in shown if result.map is not None], affine, view)
     grey = read(case.scan) if case.scan else []
     volumes.scan = [grey[c] for c in kept.get(len(grey), range(min(len(grey), MOST_CHANNELS)))]
-    volumes.body = body_of(volumes.scan)
+    chosen_grey = tuple(kept.get(len(grey), ()))
+    key = ("body", file_key(case.scan), affine.tobytes(), view.key, chosen_grey)
+    volumes.body = memo.get(key, lambda: body_of(volumes.scan))
     for place, result in shown:
         assert result.map is not None
         values = read(result.map)

@@ -246,6 +246,11 @@ def _result(
             result.mask = file if file is not None and file.is_file() else None
         except InputError as error:
             result.map, result.status, result.reason = None, ALTERED, str(error)
+    elif path is None and entry.get("map"):
+        lost = sidecar_path(folder / str(entry["map"]))
+        if inside(lost, folder) and lost.is_file():
+            text = f"{lost.name} is no record of a map, so the map cannot be verified: run the same command again"
+            result.status, result.reason = ALTERED, text
     return result
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import copy
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -15,8 +17,9 @@ from esegeta_monai.errors import InputError
 from esegeta_monai.files.pictures.picture import is_colour
 from esegeta_monai.files.pictures.sketch import SIGNED
 from esegeta_monai.output.report.case_volumes import CaseVolumes, read_case, view_of
-from esegeta_monai.output.report.collect import CaseResults
+from esegeta_monai.output.report.collect import CaseResults, Result
 from esegeta_monai.output.report.map_entry import first_map, map_entry, mark_nil
+from esegeta_monai.output.report.memo import Memo, content_key, file_key
 from esegeta_monai.output.report.volumes import Packed, Steps, View, pack
 
 __all__ = ["BUDGET", "Embedded", "embed"]
@@ -64,14 +67,21 @@ class Embedded:
         return sum(len(volume.text) for volume in self.volumes.values())
 
 
-def embed(case: CaseResults, *, radiological: bool = True, budget: int = BUDGET, effort: int = 6) -> Embedded:
+def embed(
+    case: CaseResults,
+    *,
+    radiological: bool = True,
+    budget: int = BUDGET,
+    effort: int = 6,
+    memo: Memo | None = None,
+) -> Embedded:
     """Embed the volumes of a case at the highest resolution that fits the budget.
 
     Downsampled volumes are means over blocks of voxels; ``notes`` states the size of the blocks. Each map of the data
     has its scale limit, its strongest voxel, and as ``place`` its index in ``case.explained``. A file that cannot be
-    read is listed in ``notes``.
+    read is listed in ``notes``. ``memo`` has what was made for other pages of the same files.
     """
-    embedded = Embedded({"maps": [], "scan": None, "palettes": []})
+    embedded, memo = Embedded({"maps": [], "scan": None, "palettes": []}), memo or Memo()
     shown = [(i, r) for i, r in enumerate(case.explained) if r.map is not None and not r.synthesised]
     views = []
     for path, result in [*((r.map, r) for _, r in shown), (case.scan, None)]:
@@ -84,18 +94,18 @@ def embed(case: CaseResults, *, radiological: bool = True, budget: int = BUDGET,
     affine, view = views[0]
     count = len(shown) + len({r.target for _, r in shown}) + 1
     view = view.coarser(np.prod(view.shown) * count / MOST_VOXELS)
-    volumes = read_case(case, shown, affine, view)
+    volumes = read_case(case, shown, affine, view, memo)
     while True:
         for levels in LEVELS:  # fewer steps of the colour scale cost less than fewer voxels
             expected = _estimate(volumes, levels)
             if expected <= budget or max(view.shown) == 1:
-                embedded = _embed(case, volumes, view, levels, radiological, effort)
+                embedded = _embed(case, volumes, view, levels, radiological, effort, memo)
                 expected = embedded.bytes
                 if expected <= budget or max(view.shown) == 1:
                     break
         else:
             view = view.coarser(max(1.05, expected / budget))
-            volumes = read_case(case, shown, affine, view)
+            volumes = read_case(case, shown, affine, view, memo)
             continue
         break
     if max(view.blocks) > 1:
@@ -134,7 +144,13 @@ def _grey_levels(values: np.ndarray, levels: int, most: float = math.inf) -> tup
 
 
 def _embed(
-    case: CaseResults, volumes: CaseVolumes, view: View, levels: tuple[int, int], radiological: bool, effort: int
+    case: CaseResults,
+    volumes: CaseVolumes,
+    view: View,
+    levels: tuple[int, int],
+    radiological: bool,
+    effort: int,
+    memo: Memo,
 ) -> Embedded:
     embedded = Embedded({}, view=view, notes=list(volumes.notes))
     arrays = embedded.arrays
@@ -149,7 +165,7 @@ def _embed(
     maps: list[dict[str, Any]] = []
     for place, result, values, names in volumes.maps:
         mask = masks[result.mask] if result.mask is not None else None
-        entry = map_entry(result, values, volumes, levels[0], add)
+        entry = _kept_entry(case, result, values, volumes, view, levels[0], add, memo)
         maps.append({"place": place, "mask": mask, "channels": names, **entry})
     mark_nil(maps)
     channels: list[str] = max((entry["channels"] for entry in maps), key=len, default=[])
@@ -157,7 +173,10 @@ def _embed(
     box = _box([*(values != 0 for values in arrays.values() if values.dtype != np.uint16), *_seen(volumes)], view)
     corner = [b.start for b in box]
     embedded.arrays = {name: values[box] for name, values in arrays.items()}
-    embedded.volumes = {name: pack(values, effort) for name, values in embedded.arrays.items()}
+    embedded.volumes = {
+        name: memo.get(("pack", content_key(values), effort), lambda v=values: pack(v, effort))
+        for name, values in embedded.arrays.items()
+    }
     offset = np.eye(4)
     offset[:3, 3] = corner
 
@@ -186,6 +205,29 @@ def _embed(
         ],
     }
     return embedded
+
+
+def _kept_entry(
+    case: CaseResults,
+    result: Result,
+    values: list[np.ndarray],
+    volumes: CaseVolumes,
+    view: View,
+    levels: int,
+    add: Callable[[np.ndarray], str],
+    memo: Memo,
+) -> dict[str, Any]:
+    """Return `map_entry`, of the memo if the files and the record are the same."""
+    files = (file_key(result.map), file_key(result.mask), file_key(case.scan))
+    record = json.dumps(result.record.to_json(), default=str, sort_keys=True)
+    key = ("entry", files, record, (result.target, result.method), view.key, levels, len(values))
+
+    def make() -> tuple[dict[str, Any], list[np.ndarray]]:
+        arrays: list[np.ndarray] = []
+        return map_entry(result, values, volumes, levels, lambda array: arrays.append(array) or ""), arrays
+
+    entry, arrays = memo.get(key, make)
+    return {**copy.deepcopy(entry), "volumes": [add(array) for array in arrays]}
 
 
 def _seen(volumes: CaseVolumes) -> list[np.ndarray]:

@@ -22,7 +22,7 @@ from esegeta_monai.output.report.embed import BUDGET, Embedded, embed
 from esegeta_monai.output.report.render import VIEWER, read_text, render, short
 from esegeta_monai.output.report.thumbnails import picture_of
 from esegeta_monai.output.report.viewer3d import HOW_TO_INSTALL, find_niivue
-from esegeta_monai.utils.files import atomic, inside
+from esegeta_monai.utils.files import atomic, inside, refuse_remote
 from esegeta_monai.utils.leftovers import remove_leftovers
 from esegeta_monai.utils.names import safe_name
 
@@ -92,6 +92,7 @@ def write_report(
     """
     if convention not in ("radiological", "neurological"):
         raise UsageError(f"convention is radiological or neurological, not {convention!r}")
+    refuse_remote(output_dir)
     remove_leftovers(output_dir)
     library = find_niivue().read_text(encoding="utf-8") if view_3d else None
     run = read_output(Path(output_dir))

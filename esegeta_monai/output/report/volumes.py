@@ -69,6 +69,11 @@ class View:
         return cls((size[0], size[1], size[2]), affine @ inv_ornt_aff(turn, spatial), oriented)
 
     @property
+    def key(self) -> tuple[Any, ...]:
+        """What distinguishes this grid from others."""
+        return self.size, self.affine.tobytes(), self.oriented, self.blocks
+
+    @property
     def spacing(self) -> tuple[float, float, float]:
         """Size of a shown voxel in mm."""
         x, y, z = (float(s) * b for s, b in zip(np.linalg.norm(self.affine[:3, :3], axis=0), self.blocks))

@@ -188,3 +188,24 @@ def test_a_gradient_where_the_forward_pass_is_flat_is_found() -> None:
     with torch.no_grad():
         network.head.weight[:, 4] = 0.0  # no skip path: central differences are zero between the steps
     assert checked(network)["derivative"].verdict == "warned"
+
+
+class NanOnce(nn.Module):
+    """x³ with NaN in one pass."""
+
+    passes = 0
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at = at
+        type(self).passes = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        type(self).passes += 1  # of all copies
+        return x**3 * (float("nan") if self.passes == self.at else 1.0)
+
+
+def test_nan_in_one_pass_is_no_wrong_derivative() -> None:
+    results = [checked(NanOnce(at))["derivative"] for at in range(1, 16)]
+    assert {result.verdict for result in results} == {"passed", "not checked"}
+    assert any("NaN or infinite" in result.text for result in results)

@@ -320,7 +320,9 @@ def test_the_window_is_the_smallest_that_the_network_accepts() -> None:
     free = nn.Conv2d(1, 2, 3)
     fixed = nn.Sequential(nn.Flatten(), nn.Linear(48 * 48, 2))
     at_least_20 = nn.Conv2d(1, 2, 20)
-    for network, expected in ((free, (16, 16)), (at_least_20, (32, 32)), (fixed, (48, 48))):
+    two_positions = nn.Sequential(nn.Conv2d(1, 2, 16, stride=16), nn.InstanceNorm2d(2))
+    cases = ((free, (16, 16)), (at_least_20, (32, 32)), (fixed, (48, 48)), (two_positions, (16, 32)))
+    for network, expected in cases:
         with evaluating(network, "cpu"):
             sample = small_sample(Model(network, torch.device("cpu")), image, plan)
         assert tuple(sample.window.shape[2:]) == expected

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -226,8 +227,10 @@ def test_settings_that_a_network_changes_are_restored_and_named() -> None:
             torch.set_default_dtype(torch.float64)
             torch.set_grad_enabled(not torch.is_grad_enabled())
             torch.manual_seed(7)
+            os.chdir("/")
             return y
 
+    folder = os.getcwd()
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
@@ -237,5 +240,7 @@ def test_settings_that_a_network_changes_are_restored_and_named() -> None:
         assert not torch.is_grad_enabled()
     assert torch.get_default_dtype() == torch.float32
     assert torch.equal(torch.rand(2), expected)
-    words = ["the seed of torch's random numbers (to 7)", "torch's default dtype (to torch.float64)"]
-    assert sorted(model.disturbs) == [*words, "torch's grad mode (on)"]
+    words = ["the seed of torch's random numbers (to 7)", "the working folder"]
+    words += ["torch's default dtype (to torch.float64)", "torch's grad mode (on)"]
+    assert sorted(model.disturbs) == words
+    assert os.getcwd() == folder

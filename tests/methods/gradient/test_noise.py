@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from captum.attr import NoiseTunnel
+from captum.attr import LayerGradientXActivation, NoiseTunnel
 from captum.attr import Saliency as CaptumSaliency
 from monai.inferers import SlidingWindowInferer
 from torch import nn
 
+from esegeta_monai import Explainer
 from esegeta_monai.engine.baselines import noise_like
 from esegeta_monai.engine.network.state import frozen
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods import (
+    HiResCam,
     InputXGradient,
     IntegratedGradients,
     Occlusion,
@@ -24,7 +26,8 @@ from esegeta_monai.methods import (
     run,
 )
 from esegeta_monai.targets import ClassScore, MultiClassMask, TargetWrapper, Voxel
-from tests.support.networks import network
+from tests.support.layers import setting
+from tests.support.networks import network, plain
 from tests.support.objectives import explain, full_gradient, objective, objective_of
 from tests.support.tensors import assert_equal, close, noise
 
@@ -129,7 +132,7 @@ def test_it_takes_after_the_method_inside():
     assert o.context.progress.passes == method.passes(o)
 
 
-@pytest.mark.parametrize("bad", [{"method": "GradCam"}, {"n_samples": 0}, {"std": -0.1}])
+@pytest.mark.parametrize("bad", [{"method": "DeepDream"}, {"n_samples": 0}, {"std": -0.1}])
 def test_bad_parameters(bad):
     with pytest.raises(UsageError):
         SmoothGrad(**bad)
@@ -157,3 +160,41 @@ def test_squares_and_variance_of_the_samples_and_captum(monkeypatch):
     for method in (SmoothGradSquared("InputXGradient"), VarGrad("InputXGradient")):
         assert not method.additive
         assert not method.signed
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize(("kind", "wrapper"), [("smoothgrad", SmoothGrad), ("vargrad", VarGrad)])
+def test_of_a_layer_equals_captums_noise_tunnel_on_the_same_noise(kind, wrapper, dims, monkeypatch):
+    net, image = plain(dims)
+    o = objective_of(net, image[0], [ClassScore(1)])
+    method = wrapper("LayerGradientXActivation('act', reduce='channels')", n_samples=4, std=0.2)
+    monkeypatch.setattr(torch, "normal", lambda mean, std: drawn(o, 4, 0.2))
+    tunnel = NoiseTunnel(LayerGradientXActivation(net, net.act))
+    expected = tunnel.attribute(image, nt_type=kind, nt_samples=4, target=1).detach()
+    explained = explain(method, o)
+    assert_equal(explained.maps, expected)
+    assert (method.produces, explained.notes["layer"]) == ("layer map", "act")
+
+
+def test_of_a_layer_through_windows_equals_hooks_on_noisy_volumes():
+    s = setting("UNet_batch")
+    image, expected = s.image, 0
+    for noise_ in drawn(s.objective, 2, 0.3):
+        s.image = image + noise_
+        a, g = s.pass_()
+        expected = expected + s.scatter((a * g).sum(1, keepdim=True)) / 2
+    close(explain(SmoothGrad(f"HiResCam({s.layer!r}, relu=False)", 2, 0.3), s.objective).maps[0], expected)
+
+
+def test_a_default_layer_is_chosen_without_noise():
+    s = setting("SegResNet")
+    o = s.objective.derive(seed=1)
+    explained = explain(SmoothGrad("HiResCam(relu=False)", 2), o)
+    assert explained.notes["layer"] == explain(HiResCam(), s.objective).notes["layer"]
+    attribution = next(
+        iter(Explainer(s.network, s.inferer)(image := s.image[None], ["SmoothGrad('GradCam')"], [MultiClassMask(1)]))
+    )
+    assert attribution.map is not None
+    assert attribution.record["produces"] == "layer map"
+    assert attribution.record["layer_spacing"] is not None
+    assert attribution.map.shape[1:] == image.shape[2:]

@@ -496,6 +496,10 @@ def test_outlines_are_drawn_on_256_voxels(seen: Reader, lesion: Path) -> None:
     without = yellow(AXIAL), yellow('canvas.small-map[data-map="1"]')
     page.check("#outline")
     assert all(drawn > bare + 10 for drawn, bare in zip(with_outline, without))
+    swatch = "getComputedStyle(document.querySelector('.outline-swatch')).borderTopColor"
+    assert page.evaluate(swatch) == "rgb(255, 224, 0)"
+    chosen(seen, place_of(seen, lesion, "GradCam", "Component-lesion"))
+    assert page.evaluate(swatch) == "rgb(0, 224, 255)", "the legend has the outline's colour"
 
 
 def test_the_first_view_is_a_signed_map_at_the_targets_largest_cross_section(browser: Any, lesion: Path) -> None:

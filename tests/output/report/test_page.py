@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import html
 import json
 import os
@@ -307,6 +308,46 @@ def test_synthesised_images_are_shown_as_images_with_their_loss(tmp_path: Path) 
 # ---- interfaces ------------------------------------------------------------------------------------------------------
 
 
+def test_failures_keep_their_reason_meaning_and_order(tmp_path: Path) -> None:
+    """The file that a user has named and that is missing; privacy once made it "(scan)" with the words before it."""
+    bundle, scan = make_bundle(tmp_path / "bundle"), make_scan(tmp_path / "Doe" / "Jane Doe.nii.gz")
+    out, target = tmp_path / "out", ("--target", "MultiClassMask(1)")
+    methods = [
+        f"Occlusion(window=8, baseline={str(tmp_path / 'Doe' / 'healthy.nii.gz')!r})",
+        "Saliency",
+        f"FeatureAblation(feature_mask={str(tmp_path / 'Doe' / 'Jane Doe atlas.nii.gz')!r})",
+    ]
+    words_of = ["explain", "--bundle", str(bundle), "--input", f"sub-01={scan}", "--output", str(out), "-q", "--report"]
+    assert main([*words_of, *target, *(w for m in methods for w in ("--methods", m)), "--no-pictures"]) == 1
+    content = report_path(out, "sub-01").read_text(encoding="utf-8")
+    shown = words(content)
+    reasons = {
+        "Occlusion": "baseline file healthy.nii.gz does not exist",
+        "FeatureAblation": "feature map: '(scan)' is neither a file nor a key of the case's data (keys: image)",
+    }
+    results = json.loads((out / "run.json").read_text(encoding="utf-8"))["results"]
+    failed = [(r["method"], r["target"].removeprefix("MultiClassMask-")) for r in results if r["status"] == "failed"]
+    assert set(failed) == {(method, "grey matter") for method in reasons}
+    assert re.findall(r'<div class="card problem"><h3>(\w+) · MultiClassMask-(\w+ \w+)', content) == failed
+    places = [shown.index(f"{method} for {target} failed: {reasons[method]}") for method, target in failed]
+    assert places[1:] == sorted(places[1:]), "in the order of the run; the first is also in the summary"
+    assert not re.search("Jane|Doe", content)
+
+
+def test_one_table_has_every_case_target_method_region_and_metric(folder: Path) -> None:
+    write_report(folder)
+    with open(folder / "results.csv", newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["case"] for row in rows} == {"sub-01", "<img src onerror>"}
+    one = [r for r in rows if (r["case"], r["target"], r["method"]) == ("sub-01", GREY, "Saliency")]
+    (gini,) = [r for r in one if r["metric"] == "gini"]
+    assert (float(gini["value"]), gini["beats_controls"], gini["region"]) == (0.2, "false", "")
+    shares = {r["region"]: float(r["value"]) for r in one if r["metric"].endswith("share_of_abs")}
+    assert shares == {"cortex <left>": 0.35, "outside of the body": 0.65}
+    keys = [tuple(r[k] for k in ("case", "target", "method", "region", "metric")) for r in rows]
+    assert len(keys) == len(set(keys)), "tidy: one value for each"
+
+
 def test_the_command(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(folder)]) == 0
     assert f"Open {folder / 'index.html'} in a browser" in capsys.readouterr().out
@@ -339,6 +380,8 @@ def test_3d_is_optional_and_the_error_names_the_package_to_install(
     three = write_report(folder, view_3d=True).cases["sub-01"].read_text(encoding="utf-8")
     assert 'id="load-3d"' in three
     assert len(three) > len(plain) + 2_000_000
+    (stated,) = set(re.findall(r"This page has ([\d.]+) MB; NiiVue for the 3D view takes [\d.]+ MB of it", three))
+    assert float(stated) == pytest.approx(len(three.encode()) / 1e6, abs=0.11), "the page states its size"
     write_report(folder)
     monkeypatch.setattr("esegeta_monai.output.report.viewer3d.find_spec", lambda name: None)
     monkeypatch.chdir(folder)

@@ -11,6 +11,9 @@
     return [x + inside(at[0]) * w, y + inside(at[1]) * h, w * zoom, h * zoom];
   };
 
+  /** Colour of the target's outline: one that the colours of the map do not have. */
+  viewer.outlineColour = (state, map) => (map.signed && state.sign !== "absolute" ? "#ffe000" : "#00e0ff");
+
   viewer.Painter = class {
     constructor(data, state, volumes, palettes) {
       Object.assign(this, { data, state, volumes, palettes });
@@ -96,8 +99,7 @@
         context.drawImage(image, ...box);
       }
       if (state.outline && map.mask && volumes.has(map.mask)) {
-        const colour = map.signed && state.sign !== "absolute" ? "#ffe000" : "#00e0ff";
-        this.outline(context, volumes.outline(map.mask, plane, index), box, [w, h], colour);
+        this.outline(context, volumes.outline(map.mask, plane, index), box, [w, h], viewer.outlineColour(state, map));
       }
       context.restore();
       return loaded;

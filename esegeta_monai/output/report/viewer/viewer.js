@@ -11,7 +11,7 @@
       this.state = {
         plane: 0, at: [...data.start], centre: [...data.start], show: "slice", sign: "all", look: "overlay", drag: "cross",
         threshold: null, opacity: 0.5, palette: 0, scale: "map", min: 0, max: null, log: false, channel: -1,
-        outline: true, selected: data.first, window: null, zoom: 1, moved: false,
+        outline: true, selected: data.first, second: -1, window: null, zoom: 1, moved: false,
       };
       this.palettes = data.palettes.map((p) => ({ signed: viewer.bytesOf(p.signed), unsigned: viewer.bytesOf(p.unsigned) }));
       this.volumes = new viewer.Volumes(data, read);
@@ -23,6 +23,9 @@
     $(id) { return this.root.querySelector(`#${id}`); }
     all(selector) { return [...this.root.querySelectorAll(selector)]; }
     get map() { return this.data.maps[this.state.selected]; }
+    /** The map beside the selected one, or undefined; both have the same cross-hair, zoom and settings. */
+    get second() { return this.data.maps[this.state.second]; }
+    planeOf(canvas) { return this.data.planes[Number(canvas.dataset.plane ?? canvas.dataset.second)]; }
     get plane() { return this.data.planes[this.state.plane]; }
 
     /** Load the selected map, its target and the scan first, then the others. */
@@ -42,14 +45,17 @@
     /** Draw in the next frame: the pictures of one map that was loaded, or all after a change of the state. */
     schedule(map = null) {
       for (const canvas of this.all("canvas.big, canvas.small-map"))
-        if (map === null || this.mapOf(canvas) === map) this.stale.add(canvas);
+        if (this.mapOf(canvas) && (map === null || this.mapOf(canvas) === map)) this.stale.add(canvas);
       this.root.dataset.pending = String(this.stale.size);
       if (this.waiting) return;
       this.waiting = true;
       requestAnimationFrame(() => { this.waiting = false; this.render(); });
     }
 
-    mapOf(canvas) { return canvas.classList.contains("big") ? this.map : this.data.maps[Number(canvas.dataset.map)]; }
+    mapOf(canvas) {
+      if (canvas.dataset.second !== undefined) return this.second;
+      return canvas.classList.contains("big") ? this.map : this.data.maps[Number(canvas.dataset.map)];
+    }
 
     /** Draw what is in sight, then the rest one by one while nothing else happens. */
     render() {
@@ -65,6 +71,7 @@
           if (letter) letter.textContent = plane[side];
         }
       }
+      this.renderPair();
       for (const part of this.all("[data-record]")) part.hidden = Number(part.dataset.record) !== state.selected;
       for (const canvas of [...this.stale]) {
         const { top, bottom } = canvas.getBoundingClientRect();
@@ -74,10 +81,25 @@
       this.drawRest();
     }
 
+    /** Show the second map beside the first, each with its title and colour scale. */
+    renderPair() {
+      const { second, map } = this, box = this.$("second-box");
+      if (!box) return;
+      box.hidden = !second;
+      this.$("pair").classList.toggle("two-maps", Boolean(second));
+      this.$("pair-first").hidden = !second;
+      if (!second) return;
+      const title = (m) => `${m.method} · ${m.name}`;
+      [this.$("pair-first").textContent, this.$("pair-second").textContent] = [title(map), title(second)];
+      const [low, high] = viewer.drawScale(this.$("second-bar"), this.data, this.state, this.palettes, second);
+      for (const [id, text] of [["low", low], ["high", high], ["low-means", second.low], ["high-means", second.high]]) this.$(`second-${id}`).textContent = text;
+      this.$("second-legend").setAttribute("aria-label", `Colour scale of the second map from ${low} to ${high}`);
+    }
+
     draw(canvas) {
       const big = canvas.classList.contains("big"), map = this.mapOf(canvas);
-      if (!(big && map.bars)) {
-        const plane = big ? this.data.planes[Number(canvas.dataset.plane)] : this.plane;
+      if (map && !(big && map.bars)) {
+        const plane = big ? this.planeOf(canvas) : this.plane;
         this.painter.draw(canvas, map, plane, big ? MONTAGE : SHOW, big);
       }
       this.stale.delete(canvas);
@@ -109,6 +131,8 @@
       let text = data.oriented ? `RAS ${this.world(state.at).map((v) => v.toFixed(1)).join(", ")} mm` : `voxel ${state.at.join(", ")}`;
       if (volumes.has(id)) text += ` · ≈ ${viewer.short(viewer.valueOf(map, volumes.at(id, state.at)))} ${map.units}`;
       if (map.volumes.length > 1) text += ` · ${map.channels[painter.channelOf(map)]}`;
+      const { second } = this, other = second && second.volumes[painter.channelOf(second)];
+      if (second && volumes.has(other)) text += ` · second map ≈ ${viewer.short(viewer.valueOf(second, volumes.at(other, state.at)))} ${second.units}`;
       const shownChannel = data.scan && data.scan.channels[Math.min(data.scan.channels.length - 1, Math.max(0, state.channel))];
       if (shownChannel && volumes.has(shownChannel.id)) {
         const value = shownChannel.low + (volumes.at(shownChannel.id, state.at) / data.scan.levels) * (shownChannel.high - shownChannel.low);
@@ -139,6 +163,7 @@
       this.$("legend-low-means").textContent = map.low;
       this.$("legend-high-means").textContent = map.high;
       this.$("legend").setAttribute("aria-label", `Colour scale from ${low}, ${map.low}, to ${high}, ${map.high}`);
+      for (const swatch of this.all(".outline-swatch")) swatch.style.borderTopColor = viewer.outlineColour(state, map);
       const beyond = viewer.saturated(data, state, volumes, map, id) ?? (state.max === null && state.scale === "map" ? map.saturated : null);
       this.$("saturated").textContent = beyond === null ? "" : `${viewer.short(100 * beyond)} % of the target's voxels lie beyond the end of the colours.`;
     }
@@ -201,7 +226,7 @@
     }
 
     bind(canvas) {
-      const plane = this.data.planes[Number(canvas.dataset.plane)], { state } = this;
+      const plane = this.planeOf(canvas), { state } = this;
       let last = null;
       canvas.addEventListener("keydown", (event) => this.keys(event, plane));
       canvas.addEventListener("wheel", (event) => this.wheel(event, plane), { passive: false });
@@ -271,7 +296,7 @@
       } else if (name) state[name] = value;
       else if (id === "slice") this.go(this.plane.through, number);
       else if (id === "threshold" || id === "opacity") state[id] = number / 100;
-      else if (id === "palette" || id === "channel") state[id] = number;
+      else if (id === "palette" || id === "channel" || id === "second") state[id] = number;
       else if (id === "scale") [state.scale, state.max] = [value, null];
       else if (id === "scale-min" && value !== "" && number >= 0) state.min = number;
       else if (id === "scale-max" && number > 0) state.max = number;
