@@ -1,4 +1,4 @@
-"""What concept methods find on the three networks with a known cause; writes benchmarks/results/concepts.md.
+"""Compare concept methods on the three networks with a known cause; writes benchmarks/results/concepts.md.
 
     python benchmarks/known_cause/concepts.py [--cases 16] [--donors 39] [--region-cases 3] [--networks lesion,shortcut]
 
@@ -52,9 +52,9 @@ def main() -> None:
         cause.folder = args.work
         file = args.work / "concepts" / f"{cause.name}_{args.cases}_{args.donors}_{args.region_cases}.json"
         if not file.exists():
-            found = measure(cause, args.cases, args.donors, args.region_cases)
+            figures = measure(cause, args.cases, args.donors, args.region_cases)
             file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(found, indent=1), encoding="utf-8")
+            file.write_text(json.dumps(figures, indent=1), encoding="utf-8")
         results.append(json.loads(file.read_text(encoding="utf-8")))
     args.output.write_text(page(results, args), encoding="utf-8")
     print(f"written: {args.output}")

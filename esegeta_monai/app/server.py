@@ -194,9 +194,7 @@ class App:
         world, view = self._world(body.get("view"), body.get("voxel")), self.views.get(body["view"])
         layer, plane, order = body.get("layer"), body.get("plane"), body.get("order")
         planes = view.data["planes"]
-        for number, size in ((layer, len(self._layers)), (plane, len(planes))):
-            if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number < size:
-                raise HTTPException(400, "no such layer or plane")
+        layer, plane = _number(layer, len(self._layers)), _number(plane, len(planes))
         if order not in ("activation", "relevance"):
             raise HTTPException(400, "order is activation or relevance")
         asked = {
@@ -283,6 +281,13 @@ class App:
         if job.result is None:
             raise HTTPException(409, job.error or "cancelled")
         return job.result
+
+
+def _number(value: Any, count: int) -> int:
+    """Return the number of one of ``count`` layers or planes."""
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < count:
+        raise HTTPException(400, "no such layer or plane")
+    return value
 
 
 async def _body(request: Request) -> dict[str, Any]:

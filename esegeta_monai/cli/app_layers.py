@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import nibabel as nib
 import numpy as np
 import torch
+from monai.data import MetaTensor
 from torch import Tensor
 
 from esegeta_monai.cli import explain
@@ -90,16 +91,14 @@ def _relevance(resident: Resident, request: Mapping[str, Any]) -> Tensor:
     case = request["case"]
     targets = explain.bundle_targets(resident.reader) if request.get("target") is None else None
     chosen = TARGETS.create_all([request["target"]]) if targets is None else targets
-    explainer, prepared = (
-        explain.explainer_for(resident.reader, resident.options("explain", case)),
-        resident.case(case).prepared,
-    )
-    found = case_concepts(
-        explainer, prepared.image[None], resident.cases[case].name, chosen, request["layer"], **prepared.given
-    )
-    if not found:
+    prepared = resident.case(case).prepared
+    explainer = explain.explainer_for(resident.reader, resident.options("explain", case))
+    image = prepared.image[None]
+    assert isinstance(image, MetaTensor)
+    concepts = case_concepts(explainer, image, resident.cases[case].name, chosen, request["layer"], **prepared.given)
+    if not concepts:
         raise UsageError("the target is empty on this case: ask about another one, or sort by activation")
-    return torch.stack([entry.share for entry in found]).mean(0)
+    return torch.stack([entry.share for entry in concepts]).mean(0)
 
 
 def _slice(

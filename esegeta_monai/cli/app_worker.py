@@ -117,7 +117,7 @@ def main() -> None:
 
 
 def _job(resident: Resident, name: str) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    jobs = {
+    jobs: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
         "load": resident.load,
         "look": resident.look,
         "costs": resident.costs,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,7 +115,8 @@ class PooledActivations(Request):
                 weighted = _on_positions(region, self.grid, window, positions, blended=True)
                 if weighted is not None:
                     cells, weights = weighted
-                    part = activations[(slice(None), *cells)].flatten(1) @ weights.to(activations).flatten()
+                    places: tuple[Any, ...] = (slice(None), *cells)
+                    part = activations[places].flatten(1) @ weights.to(activations).flatten()
                     self.total[number] += part.cpu()
 
     def result(self) -> Tensor:
@@ -190,7 +192,8 @@ class RegionGradients(Request):
                     shares = _on_positions(region, self.grid, window, gradients.shape[3:], blended=False)
                     if shares is not None:
                         cells, weights = shares
-                        part = gradients[(slice(None), j, slice(None), *cells)].flatten(2).double()
+                        index: tuple[Any, ...] = (slice(None), j, slice(None), *cells)
+                        part = gradients[index].flatten(2).double()
                         self.total[:, number] += (part @ weights.to(part).flatten()).cpu()
 
     def result(self) -> Tensor:

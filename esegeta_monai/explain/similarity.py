@@ -46,10 +46,11 @@ def svcca(first: Tensor, second: Tensor, variance: float = 0.99) -> float:
             f"variance={variance} must be in (0, 1]"
         )
     bases = [_directions(values, variance) for values in (first, second)]
-    if max(b.shape[1] for b in bases) >= len(first):
+    directions = sum(b.shape[1] for b in bases)
+    if directions > len(first) - 1:  # two subspaces of the centred positions then meet, whatever they are
         raise InputError(
-            f"svcca: {len(first)} positions are too few for {max(b.shape[1] for b in bases)} directions: every pair of "
-            "representations would agree; give more scans"
+            f"svcca: {len(first)} positions are too few for {directions} directions: unrelated representations would "
+            "agree; give more scans"
         )
     correlations = torch.linalg.svdvals(bases[0].mT @ bases[1]).clamp(max=1)
     return float(correlations.mean())

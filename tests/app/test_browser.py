@@ -214,8 +214,8 @@ def test_the_network_its_channels_and_what_flows_through_one(served: Served, tmp
         words[words.index("--output") + 1] = str(tmp_path / text)
         assert main([*words[1:], "--quiet"]) == 0
         name = result["results"][0]["map"]
-        ours, theirs = (np.asarray(nib.load(f / name).dataobj) for f in (served.app.output, tmp_path / text))
-        assert np.array_equal(ours, theirs)
+        ours, of_command = (np.asarray(nib.load(f / name).dataobj) for f in (served.app.output, tmp_path / text))
+        assert np.array_equal(ours, of_command)
         assert np.abs(ours).max() > 0
 
 

@@ -53,9 +53,9 @@ def test_planted_objects_are_found_and_ordered_as_their_removal(dims, pooled, fi
     (name,) = by_object[0].mean
     assert spearmanr([by_object[j].mean[name] for j in range(4)], truth).statistic == 1
     if finder == "CRAFT":
-        found = [by_object[j] for j in range(4)]
+        objects = [by_object[j] for j in range(4)]
         (effect,) = concept_effects(
-            explainer, ordered_case(dims, 0)[0], "case0", [target], "layer", found, n_samples=32
+            explainer, ordered_case(dims, 0)[0], "case0", [target], "layer", objects, n_samples=32
         )
         assert spearmanr(effect.removal, truth).statistic == 1
         assert np.argsort(effect.sobol).tolist() == np.argsort(np.abs(WEIGHTS)).tolist()

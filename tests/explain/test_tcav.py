@@ -104,8 +104,8 @@ def test_concepts_of_whole_cases():
     cases = activations(2, True, 24, 1)
     with_it = [c.case for c in cases[:12]]
     shown = [replace(c, whole=c.whole + 0.3 * np.eye(7)[0]) if c.case in with_it else c for c in cases]
-    (found,) = tcav([examples_of_cases(shown, "bright", with_it, 200, 0)], shown, statistic="mean")
-    assert found.verdict == "significant"
+    (real,) = tcav([examples_of_cases(shown, "bright", with_it, 200, 0)], shown, statistic="mean")
+    assert real.verdict == "significant"
     (chance,) = tcav([examples_of_cases(cases, "bright", with_it, 200, 0)], cases, statistic="mean")
     assert chance.verdict != "significant"
     assert chance.accuracy < 0.7

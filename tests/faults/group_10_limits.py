@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,7 @@ def _again(folder: Path) -> None:
 
 
 def sizes(kilobytes: int) -> Callable[[Path], str]:
-    """``ulimit -f``: files may have so many kilobytes."""
+    """``ulimit -f``: the largest size of a file, in kilobytes."""
 
     def check(folder: Path) -> str:
         study(folder)
@@ -40,7 +41,8 @@ def sizes(kilobytes: int) -> Callable[[Path], str]:
         )
         _answered(done, folder / "out")
         assert done.code in ((1, 2) if kilobytes == 1 else (1,)), done.err  # the first line of the record may not fit
-        assert all("cannot write" in line and "File too large" in line for line in done.errors), done.errors
+        why = re.compile("cannot write .*(File too large|bytes were written; the disk may be full)")
+        assert all(why.search(line) for line in done.errors), done.errors
         failed = [status for status in statuses(folder / "out").values() if status == "failed"]
         _again(folder)
         return f"exit code {done.code}, {len(failed)} failed; {done.errors[0].replace(str(folder), '')[:120]}"
@@ -49,7 +51,7 @@ def sizes(kilobytes: int) -> Callable[[Path], str]:
 
 
 def handles(more: int) -> Callable[[Path], str]:
-    """``ulimit -n``: so many files may be open beyond those at the start."""
+    """``ulimit -n``: how many files may be open beyond those at the start."""
 
     def limit() -> None:
         most = max(int(name) for name in os.listdir("/proc/self/fd")) + more

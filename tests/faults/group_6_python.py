@@ -1,4 +1,4 @@
-"""What a call from Python leaves of the process in which it runs."""
+"""Settings of the process after a call from Python."""
 
 from __future__ import annotations
 

@@ -61,7 +61,7 @@ def _flat(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class Mark:
-    """What a running command had used at a time.
+    """The use of processor, memory and files by a running command, at one time.
 
     Attributes:
         at: seconds as `time.time`.

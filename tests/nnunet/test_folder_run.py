@@ -36,9 +36,9 @@ def test_the_maps_are_those_of_the_command(tmp_path: Path, capsys: pytest.Captur
     maps = sorted(f.relative_to(tmp_path / "command") for f in (tmp_path / "command").rglob("*_attr.nii.gz"))
     assert len(maps) >= 2
     for name in maps:
-        ours, theirs = (np.asarray(nib.load(tmp_path / which / name).dataobj) for which in ("run", "command"))
-        np.testing.assert_array_equal(ours, theirs)
-        assert theirs.any()
+        ours, expected = (np.asarray(nib.load(tmp_path / which / name).dataobj) for which in ("run", "command"))
+        np.testing.assert_array_equal(ours, expected)
+        assert expected.any()
     assert main(["overlay", *model, "--metrics"]) == 2
     with pytest.raises(SystemExit) as stopped:
         run_bundle(

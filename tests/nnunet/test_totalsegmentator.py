@@ -101,8 +101,8 @@ def test_the_segmentation_and_the_gradient(
     fast = case.get("mode") == "fast"
     expected = own_file(file, tmp_path / "own.nii.gz", root, monkeypatch, task=case["task"], fast=fast)
     mode = case.get("mode", "default")
-    found = np.bincount(expected.ravel().astype(int))
-    number = int(found[1:].argmax()) + 1
+    counts = np.bincount(expected.ravel().astype(int))
+    number = int(counts[1:].argmax()) + 1
     name = TotalSegmentatorTask.read(case["task"], mode).classes[number]
     reader = TotalSegmentatorReader(case["task"], [name], mode)
     assert name in reader.part.classes.values()
@@ -112,7 +112,7 @@ def test_the_segmentation_and_the_gradient(
     ours = nib.load(tmp_path / "ours.nii.gz")
     np.testing.assert_array_equal(np.asarray(ours.dataobj), expected)
     np.testing.assert_allclose(ours.affine, nib.load(file).affine, atol=1e-6)
-    assert np.count_nonzero(found) > 2 or case["task"] != "total"
+    assert np.count_nonzero(counts) > 2 or case["task"] != "total"
     label = next(k for k, of in reader.class_names.items() if of == name)
     mask = torch.as_tensor(expected == number)
     assert int(masks.masks(label).sum()) == int(mask.sum()) > 0

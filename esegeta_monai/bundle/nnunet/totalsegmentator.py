@@ -55,7 +55,7 @@ class _Crop:
     Attributes:
         mask: the structures to which the scan is cropped.
         margin: mm on each side.
-        outside: structures outside of which the final file is emptied; None: it is not.
+        outside: structures; the final file is set to background outside them; None: it is not.
     """
 
     mask: Any
@@ -83,7 +83,7 @@ class _Scan:
 
 
 class TotalSegmentatorReader(NnunetReader):
-    """A task of TotalSegmentator, of which the model that predicts the given classes is explained.
+    """A task of TotalSegmentator; the model that predicts the given classes is explained.
 
     TotalSegmentator crops and resamples the scan, and its final file gives the masks. It resamples labels to the scan
     by nearest neighbours, which is the argmax of logits that are resampled so: R in ``F(x) = Σ_v m(v) (R P)(c, v)`` is
@@ -142,7 +142,8 @@ class TotalSegmentatorReader(NnunetReader):
         """Predict all models of the task and write TotalSegmentator's final file.
 
         Args:
-            image, data, path: see `NnunetReader.predict`.
+            image: the preprocessed image (C, *spatial).
+            data, path: see `NnunetReader.predict`.
 
         Raises:
             NetworkError: TotalSegmentator prepares another image than before, or see `NnunetReader.predict`.
@@ -206,7 +207,7 @@ class TotalSegmentatorReader(NnunetReader):
 
 
 class _Model:
-    """A model of which only the segmentation is needed."""
+    """A model that gives a segmentation only."""
 
     def __init__(self, part: PartModel, task: TotalSegmentatorTask, device: torch.device) -> None:
         self.reader = NnunetReader(part.folder, task.config["folds"], False, device, task.step)

@@ -200,15 +200,15 @@ def _weights(folder: str | Path | None) -> Path:
 
 def _model_folder(weights: Path, number: int, config: dict[str, Any], name: str, mode: Mode) -> Path:
     model = f"{config['trainer']}__{config['plans']}__{config['model']}"
-    found = sorted(weights.glob(f"Dataset{number:03d}_*/{model}"))
-    if len(found) != 1:
-        what = "several folders" if found else "no folder"
+    folders = sorted(weights.glob(f"Dataset{number:03d}_*/{model}"))
+    if len(folders) != 1:
+        what = "several folders" if folders else "no folder"
         task = name if mode == "default" else f"{name}_fast"
         raise UsageError(
             f"{what} Dataset{number:03d}_*/{model} of the task {name} in {weights}: download the weights by "
             f"'totalseg_download_weights -t {task}', or name their folder in TOTALSEG_WEIGHTS_PATH"
         )
-    return found[0]
+    return folders[0]
 
 
 def _rough(name: str, config: dict[str, Any], weights: str | Path | None) -> TotalSegmentatorTask | None:

@@ -114,8 +114,10 @@ def centroid(one: CohortMap, volume: Volume) -> np.ndarray:
     if one.result.mask is None:
         voxel = (np.asarray(volume.values.shape) - 1) / 2
     else:
-        mask = np.asarray(nib.load(one.result.mask).dataobj)
-        mask = mask.reshape(*mask.shape[:3], *[1] * (3 - mask.ndim), -1).any(-1)
+        file = nib.load(one.result.mask)
+        assert isinstance(file, nib.Nifti1Image)
+        stored = np.asarray(file.dataobj)
+        mask = np.asarray(stored.reshape(*stored.shape[:3], *[1] * (3 - stored.ndim), -1).any(-1))
         if mask.shape != volume.values.shape:
             raise InputError(
                 f"{one.result.mask.name} is not on the grid of its map: run explain again with --overwrite"

@@ -212,13 +212,17 @@ def _cases(cohort: Cohort) -> Table:
     for result in cohort.families:
         labels = result.clusters.labels
         for i, case in enumerate(result.cases):
-            own = {"case": case, "status": "used", "cluster": None if labels is None else int(labels[i])}
+            own: dict[str, Any] = {
+                "case": case,
+                "status": "used",
+                "cluster": None if labels is None else int(labels[i]),
+            }
             own |= {"outlier": float(result.outliers[i]), "x": float(result.points[i, 0])}
             own |= {"y": float(result.points[i, 1]), "kept": float(result.kept[i])}
             rows.append({**_of(result), **own})
     for entry in cohort.left_out:
-        own = {"case": entry.case, "target": entry.target, "method": entry.method, "status": entry.status}
-        rows.append({**own, "reason": private(entry.reason)})
+        left = {"case": entry.case, "target": entry.target, "method": entry.method, "status": entry.status}
+        rows.append({**left, "reason": private(entry.reason)})
     return ("case", "target", "method", "status", "reason", "cluster", "outlier", "x", "y", "kept"), rows
 
 
@@ -249,7 +253,7 @@ def _test_rows(result: FamilyResult) -> Iterable[dict[str, Any]]:
     if groups is None or groups.tests is None:
         return
     for k, region in enumerate(groups.regions):
-        row = {"region": region, "first": groups.names[0], "second": groups.names[1]}
+        row: dict[str, Any] = {"region": region, "first": groups.names[0], "second": groups.names[1]}
         row |= {"mean_first": float(groups.means[0, k]), "mean_second": float(groups.means[1, k])}
         tests = groups.tests
         numbers = {"difference": tests.difference, "t": tests.t, "p": tests.p, "p_adjusted": tests.p_adjusted}

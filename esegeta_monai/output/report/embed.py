@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -97,7 +98,7 @@ def embed(
     volumes = read_case(case, shown, affine, view, memo)
     while True:
         for levels in LEVELS:  # fewer steps of the colour scale cost less than fewer voxels
-            expected = _estimate(volumes, levels)
+            expected = _estimate(volumes, levels, memo)
             if expected <= budget or max(view.shown) == 1:
                 embedded = _embed(case, volumes, view, levels, radiological, effort, memo)
                 expected = embedded.bytes
@@ -118,7 +119,7 @@ def embed(
     return embedded
 
 
-def _estimate(volumes: CaseVolumes, levels: tuple[int, int]) -> float:
+def _estimate(volumes: CaseVolumes, levels: tuple[int, int], memo: Memo) -> float:
     """Return about how many characters all volumes need, from every eighth slice of each."""
 
     def sample(values: np.ndarray) -> tuple[np.ndarray, float]:
@@ -131,9 +132,16 @@ def _estimate(volumes: CaseVolumes, levels: tuple[int, int]) -> float:
         total += factor * len(pack(_grey_levels(part, levels[1])[0]).text)
     for _, _, channels, _ in volumes.maps:
         parts, factor = [sample(channel)[0] for channel in channels], sample(channels[0])[1]
-        steps = Steps.of(np.stack(channels), float(np.percentile(np.abs(np.stack(parts)), 99.5)), levels[0])
-        total += factor * sum(len(pack(steps.encode(part)).text) for part in parts)
+        peak = max(float(np.abs(channel).max(initial=0)) for channel in channels)
+        key = ("estimate", tuple(map(content_key, parts)), peak, levels[0])
+        total += factor * memo.get(key, partial(_length, channels, parts, levels[0]))
     return total
+
+
+def _length(channels: list[np.ndarray], parts: list[np.ndarray], levels: int) -> int:
+    """Return how many characters parts of the channels of a map need."""
+    steps = Steps.of(np.stack(channels), float(np.percentile(np.abs(np.stack(parts)), 99.5)), levels)
+    return sum(len(pack(steps.encode(part)).text) for part in parts)
 
 
 def _grey_levels(values: np.ndarray, levels: int, most: float = math.inf) -> tuple[np.ndarray, float, float]:
@@ -174,7 +182,7 @@ def _embed(
     corner = [b.start for b in box]
     embedded.arrays = {name: values[box] for name, values in arrays.items()}
     embedded.volumes = {
-        name: memo.get(("pack", content_key(values), effort), lambda v=values: pack(v, effort))
+        name: memo.get(("pack", content_key(values), effort), partial(pack, values, effort))
         for name, values in embedded.arrays.items()
     }
     offset = np.eye(4)
@@ -224,7 +232,12 @@ def _kept_entry(
 
     def make() -> tuple[dict[str, Any], list[np.ndarray]]:
         arrays: list[np.ndarray] = []
-        return map_entry(result, values, volumes, levels, lambda array: arrays.append(array) or ""), arrays
+
+        def keep(array: np.ndarray) -> str:
+            arrays.append(array)
+            return ""
+
+        return map_entry(result, values, volumes, levels, keep), arrays
 
     entry, arrays = memo.get(key, make)
     return {**copy.deepcopy(entry), "volumes": [add(array) for array in arrays]}

@@ -41,7 +41,7 @@ class FoundEntry:
 
 
 def part_entry(concept: FoundConcept, unit: CaseUnits, image: MetaTensor, output: Path) -> PartEntry:
-    """Draw a case with the strength of a concept in each part, at its strongest part, as a PNG in ``output``.
+    """Draw the strength of a concept in all parts, at the strongest one, as a PNG in ``output``.
 
     Args:
         concept: of `find_concepts`.
@@ -62,8 +62,8 @@ def part_entry(concept: FoundConcept, unit: CaseUnits, image: MetaTensor, output
         painted[None],
         signed=False,
         case=unit.case,
-        method=f"concept {concept.number} of {unit.layer}",
-        target="",
+        method=f"concept {concept.number}",
+        target=unit.layer,
         units="strength",
     )
     picture = "data:image/png;base64," + base64.b64encode((output / name).read_bytes()).decode()

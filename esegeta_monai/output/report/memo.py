@@ -1,4 +1,4 @@
-"""What was read, encoded and packed for one page, for the next page of the same files."""
+"""Volumes that were read, encoded and packed for one page, kept for the next page of the same files."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Memo:
 
 
 def file_key(path: Path | None) -> Hashable:
-    """Return what changes when a file is written again; None without a file."""
+    """Return a key that changes when a file is written again; None without a file."""
     if path is None or not path.is_file():
         return None
     stat = path.stat()

@@ -70,7 +70,7 @@ class View:
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """What distinguishes this grid from others."""
+        """Key of this grid, different for each other grid."""
         return self.size, self.affine.tobytes(), self.oriented, self.blocks
 
     @property

@@ -1,4 +1,4 @@
-"""What a memo has kept for a page is what would be made again."""
+"""A page from a memo equals a page that is made again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.output.report.finished import one_map
 
 
 def made(out: Path, memo: Memo | None = None) -> tuple[Any, ...]:
-    """What a page has: data, volumes and notes."""
+    """Data, volumes and notes of a page."""
     (case,) = read_output(out).cases
     case.scan = out / "a/scan.nii.gz"
     embedded = embed(case, memo=memo)
