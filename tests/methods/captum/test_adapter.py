@@ -1,4 +1,4 @@
-"""Captum's algorithms on whole volumes: equal to Captum itself, on one window and on a function that blends them all."""
+"""Captum's algorithms on whole volumes: equal to Captum alone, on one window and on a function that blends them all."""
 
 from __future__ import annotations
 
@@ -200,7 +200,7 @@ def test_an_algorithm_that_fails_names_captum_and_our_method():
             self.q = self.r  # Captum's DeepLIFT refuses a module that runs twice
 
     _, image = case(2)
-    with pytest.raises(MethodError, match="Captum's DeepLift fails on this network.*use DeepLift of this package"):
+    with pytest.raises(MethodError, match=r"Captum's DeepLift fails on this network.*use DeepLift of this package"):
         list(Explainer(Twice().double().eval())(image[None], [Captum("DeepLift")], [target_of(2)]))
 
 
