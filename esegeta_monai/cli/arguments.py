@@ -136,8 +136,8 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--map-format",
         choices=["nifti", "input", "dicom"],
         default="nifti",
-        help="format of the maps; 'input' keeps NRRD and MHA (needs ITK), all others become NIfTI; 'dicom' also writes map, "
-        "target and picture as DICOM, for scans that are DICOM series (needs highdicom; default: nifti)",
+        help="format of the maps; 'input' keeps NRRD and MHA (needs ITK), all others become NIfTI; 'dicom' also writes "
+        "map, target and picture as DICOM, for scans that are DICOM series (needs highdicom; default: nifti)",
     )
     parser.add_argument(
         "--check-maps",

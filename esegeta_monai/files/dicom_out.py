@@ -70,7 +70,7 @@ class DicomSource:
         if path is None or not (path.is_dir() or path.name.lower().endswith(DICOM_SUFFIXES)):
             name = "an array" if path is None else path.name
             raise InputError(
-                f"{name}: map format dicom needs a DICOM series, whose patient, study and geometry the files take over: "
+                f"{name}: map format dicom needs a DICOM series, whose patient, study and geometry they take over: "
                 "give the folder of the series, or write NIfTI (map format nifti)"
             )
         import pydicom
@@ -85,7 +85,7 @@ class DicomSource:
         missing = [n for n in needed if any(n not in s for s in self.slices)]
         if missing:
             raise InputError(
-                f"{path.name}: map format dicom: the series has no {', '.join(missing)}, so maps would have no place in "
+                f"{path.name}: map format dicom: the series has no {', '.join(missing)}, so maps have no place in "
                 "the patient: export it again, or write NIfTI (map format nifti)"
             )
         for s in self.slices:  # highdicom copies these; DICOM requires that they are present, if only empty

@@ -163,7 +163,7 @@ def test_a_map_on_another_grid_is_refused(tmp_path: Path) -> None:
 
 def test_a_series_without_a_place_is_refused(tmp_path: Path) -> None:
     folder = write_series(tmp_path / "s", np.zeros(SHAPE, np.int16), AFFINE)
-    with pytest.raises(InputError, match="FrameOfReferenceUID, so maps would have no place"):
+    with pytest.raises(InputError, match="FrameOfReferenceUID, so maps have no place"):
         DicomSource(folder)
 
 

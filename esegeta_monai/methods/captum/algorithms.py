@@ -75,7 +75,7 @@ ALGORITHMS: dict[str, Algorithm] = {
 """The algorithms by their name in `captum.attr`."""
 
 _REFUSED = {
-    "FeaturePermutation": "it exchanges features within a batch, and a case is one image: use FeaturePermutation(cases=…)",
+    "FeaturePermutation": "a case is one image, and it needs a batch: use FeaturePermutation(cases=…)",
     "GuidedGradCam": "it needs a layer, whose windows are blended and not added: use GuidedGradCam(layer=…)",
     "LRP": "it multiplies each map by the whole output, so that maps of windows do not add up: use LRP",
     "NoiseTunnel": "it wraps another algorithm: use SmoothGrad(Captum('Saliency')), SmoothGradSquared or VarGrad",
