@@ -134,9 +134,10 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
     add_computing_options(parser)
     parser.add_argument(
         "--map-format",
-        choices=["nifti", "input"],
+        choices=["nifti", "input", "dicom"],
         default="nifti",
-        help="format of the maps; 'input' keeps NRRD and MHA (needs ITK), all others become NIfTI (default: nifti)",
+        help="format of the maps; 'input' keeps NRRD and MHA (needs ITK), all others become NIfTI; 'dicom' also writes "
+        "map, target and picture as DICOM, for scans that are DICOM series (needs highdicom; default: nifti)",
     )
     parser.add_argument(
         "--check-maps",

@@ -131,6 +131,7 @@ def explain_cases(
         list(chosen),
         provenance=provenance_of(reader, options),
         extension="input" if options.map_format == "input" else ".nii.gz",
+        dicom=options.map_format == "dicom",
         overwrite=options.overwrite,
         pictures=options.pictures,
         ranks=ranks,

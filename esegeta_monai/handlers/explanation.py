@@ -51,7 +51,8 @@ class ExplanationHandler(CaseHandler):
             writing anything.
         allow_costly: see `esegeta_monai.Explainer`.
         overwrite: compute finished maps again.
-        map_format: ``"nifti"``, or ``"input"``: NRRD and MHA scans get maps in their own format, all others NIfTI.
+        map_format: ``"nifti"``, or ``"input"``: NRRD and MHA scans get maps in their own format, all others NIfTI; or
+            ``"dicom"``: map, target and picture of a DICOM series also as DICOM.
         pictures: write a PNG next to every map, and the copy of the scan for the report.
         report: write the HTML report (`esegeta_monai.output.report.page.write_report`) after the run or after the
             last case of an epoch's folder.
@@ -148,8 +149,8 @@ class ExplanationHandler(CaseHandler):
         self.dry_run = flag("dry_run", dry_run)
         self._costs: list[tuple[str, Cost]] = []
         self.overwrite, self.pictures = flag("overwrite", overwrite), flag("pictures", pictures)
-        if map_format not in ("nifti", "input"):
-            raise UsageError(f"map_format={map_format!r}: give 'nifti' or 'input'")
+        if map_format not in ("nifti", "input", "dicom"):
+            raise UsageError(f"map_format={map_format!r}: give 'nifti', 'input' or 'dicom'")
         self.map_format = map_format
         self.report, self.series = flag("report", report), series
         self.writer: ResultWriter | None = None
@@ -178,6 +179,7 @@ class ExplanationHandler(CaseHandler):
             provenance=bundle_provenance(self.bundle_root) if self.bundle_root else {},
             separate_folder=True if separate is None else bool(separate),
             extension="input" if self.map_format == "input" else ".nii" if extension == "nii" else ".nii.gz",
+            dicom=self.map_format == "dicom",
             overwrite=self.overwrite,
             pictures=self.pictures,
             ranks=self._ranks,

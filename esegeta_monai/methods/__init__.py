@@ -27,6 +27,7 @@ from esegeta_monai.methods.cam.pooled_cam import Cam
 from esegeta_monai.methods.cam.requests import ChannelGradients
 from esegeta_monai.methods.cam.shapley_cam import ShapleyCam
 from esegeta_monai.methods.cam.statistic_cam import SmoeScale
+from esegeta_monai.methods.captum.adapter import Captum
 from esegeta_monai.methods.gradient.guided import Deconvolution, GuidedBackprop
 from esegeta_monai.methods.gradient.noise import SmoothGrad, SmoothGradSquared, VarGrad
 from esegeta_monai.methods.gradient.saliency import GradTimesImage, InputXGradient, Saliency, VanillaBackprop
@@ -79,6 +80,7 @@ __all__ = [
     "BlurIG",
     "Boxes",
     "Cam",
+    "Captum",
     "ChannelGradients",
     "ChannelShapley",
     "ClassImage",

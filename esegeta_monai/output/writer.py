@@ -24,6 +24,7 @@ from esegeta_monai.explain.explainer import Attribution, Explainer
 from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.explain.record import DECIDES, Record
 from esegeta_monai.files.copies import mask_path, save_mask, save_scan_copy, scan_copy_path
+from esegeta_monai.files.dicom_out import DicomSource, check_dicom_writer, dicom_path
 from esegeta_monai.files.grids.probe import Pipeline
 from esegeta_monai.files.grids.resample import (
     _background,
@@ -67,6 +68,8 @@ class ResultWriter:
             counts as finished only if all of them are equal.
         postfix, separate_folder, extension: file layout, see `esegeta_monai.utils.names.map_path`; the extension
             ``"input"`` stands for that of each scan (`esegeta_monai.utils.names.map_suffix`).
+        dicom: also write map, target and picture as DICOM, see `esegeta_monai.files.dicom_out`; cases that are no DICOM
+            series are refused.
         overwrite: compute and write finished maps again.
         pictures: write a PNG next to every map, and for the report a copy of the scan and a mask of each
             target (`esegeta_monai.files.copies`).
@@ -79,7 +82,7 @@ class ResultWriter:
         places: results of earlier checks that image and scan lie in the same place; None: there are none.
 
     Raises:
-        UsageError: an unwritable folder, or equal names.
+        UsageError: an unwritable folder, equal names, or DICOM without highdicom.
     """
 
     def __init__(
@@ -92,6 +95,7 @@ class ResultWriter:
         postfix: str = "attr",
         separate_folder: bool = True,
         extension: str = ".nii.gz",
+        dicom: bool = False,
         overwrite: bool = False,
         pictures: bool = True,
         checks: bool = True,
@@ -106,7 +110,10 @@ class ResultWriter:
         self.output_dir = storage.writable_folder(output_dir)
         self.provenance = dict(provenance or {})
         self.layout: dict[str, Any] = {"postfix": postfix, "separate_folder": separate_folder, "extension": extension}
-        self.as_input = extension == "input"
+        self.as_input, self.dicom = extension == "input", dicom
+        if dicom:
+            check_dicom_writer()
+        self._sources: dict[str, DicomSource] = {}
         self.overwrite, self.pictures, self.checks = overwrite, pictures, checks
         rank = self.ranks.rank
         if not rank:
@@ -155,6 +162,8 @@ class ResultWriter:
         if self.checks and not self._places.is_checked(path):
             return False
         if not has_agreement(path, attribution):
+            return False
+        if self.dicom and path.is_file() and not any(dicom_path(path, c).is_file() for c in (None, 0)):
             return False
         if self._clash(path, attribution, case):
             return False  # `write` reports it
@@ -225,6 +234,8 @@ class ResultWriter:
         try:
             check_sources(image, more.get("data"))
             storage.check_contents(image, case)
+            if self.dicom:
+                self._source(scan)
             while True:
                 chosen.clear()
                 for attribution in explainer.stream(
@@ -386,6 +397,21 @@ class ResultWriter:
                 "affine": affine.tolist(),
                 "oriented": oriented,
             }
+        source = self._source(scan) if self.dicom else None
+        if source is not None:
+            for c, channel in enumerate(values):
+                source.save_map(
+                    dicom_path(path, c if len(values) > 1 else None),
+                    channel.float().numpy(),
+                    grid.affine,
+                    method=method.name or type(method).__name__,
+                    units=method.units,
+                    target=attribution.label,
+                    limit=shown["cal_max"],
+                )
+            if mask is not None:
+                to = dicom_path(self._mask_path(attribution, case))
+                source.save_mask(to, mask[0].numpy(), grid.affine, target=attribution.label)
         if self.pictures and synthesised:
             more["picture"] = self._draw_synthesised(path, values, attribution, record, case, volume)
         elif self.pictures:
@@ -409,6 +435,9 @@ class ResultWriter:
                 caption=meaning.text,
                 ends=(meaning.low, meaning.high),
             )
+        if source is not None and self.pictures:
+            title = f"{method.name or type(method).__name__} of {attribution.label}"
+            source.save_picture(dicom_path(path, picture=True), storage.picture_path(path), title=title)
         return more
 
     def _draw_synthesised(
@@ -497,6 +526,17 @@ class ResultWriter:
         if name not in self._scans:
             self._scans = {name: storage.read_scan(scan)}  # one scan is kept at a time
         return self._scans[name]
+
+    def _source(self, scan: Any) -> DicomSource:
+        """Return the DICOM series of a scan; one is kept at a time.
+
+        Raises:
+            InputError: it is none.
+        """
+        name = str(scan) if isinstance(scan, (str, os.PathLike)) else ""
+        if name not in self._sources:
+            self._sources = {name: DicomSource(scan)}
+        return self._sources[name]
 
     def _scan_hash(self, scan: Any) -> str | None:
         if isinstance(scan, MetaTensor) or not Path(scan).is_file():

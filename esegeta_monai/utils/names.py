@@ -146,7 +146,7 @@ def map_path(
 def map_suffix(scan: Any) -> str:
     """Return the suffix of a map in the format of its scan: that of a NIfTI, NRRD or MetaImage file, else ``.nii.gz``.
 
-    DICOM has no format for real-valued maps that all viewers support, and picture formats have no real values.
+    DICOM maps are written beside NIfTI (`esegeta_monai.files.dicom_out`), and picture formats have no real values.
 
     >>> [map_suffix(name) for name in ("a.NRRD", "a.nhdr", "a.mhd", "a.nii", "series", "a.png")]
     ['.nrrd', '.nrrd', '.mha', '.nii', '.nii.gz', '.nii.gz']
