@@ -77,7 +77,7 @@ def method_of(name: str, case: OddCase, **more: Any) -> Method:
         "max_channels": None,
     }
     own: dict[str, dict[str, Any]] = {
-        "Captum": {"arguments": {"n_steps": 8}},
+        "Captum": {"arguments": {"n_steps": 8}, "name": "Captum"},
         "KernelShap": {"n_samples": 64},
         "Lime": {"n_samples": 64},
         "BlurIG": {"sigma": 1.0},

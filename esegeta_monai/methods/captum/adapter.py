@@ -233,7 +233,7 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor, None]:
         (maps,) = ctx.saved_tensors
         return maps * outer.to(maps).reshape(-1, *(1,) * (maps.ndim - 1)), None
 
