@@ -80,8 +80,8 @@ class DicomSource:
             raise InputError(f'{path.name}: reading DICOM needs ITK: pip install "esegeta-monai[itk]"')
         files = check_series(path, itk) if path.is_dir() else [str(path)]
         self.slices = [pydicom.dcmread(f, stop_before_pixels=True) for f in files]
-        needed: tuple[str, ...] = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "StudyInstanceUID")
-        needed += ("FrameOfReferenceUID", "SOPInstanceUID", "Rows", "Columns")
+        needed = ["ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "StudyInstanceUID"]
+        needed += ["FrameOfReferenceUID", "SOPInstanceUID", "Rows", "Columns"]
         missing = [n for n in needed if any(n not in s for s in self.slices)]
         if missing:
             raise InputError(

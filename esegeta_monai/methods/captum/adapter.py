@@ -110,7 +110,8 @@ class Captum(Method):
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial)."""
-        entry, notes = self._entry, {"captum_algorithm": f"captum.attr.{self._name}"}
+        entry = self._entry
+        notes: dict[str, Any] = {"captum_algorithm": f"captum.attr.{self._name}"}
         given: dict[str, Any] = dict(self._of_call)
         starts: Tensor | None = None
         if entry.baselines:
