@@ -115,8 +115,8 @@ class PooledActivations(Request):
                 weighted = _on_positions(region, self.grid, window, positions, blended=True)
                 if weighted is not None:
                     cells, weights = weighted
-                    places: tuple[Any, ...] = (slice(None), *cells)
-                    part = activations[places].flatten(1) @ weights.to(activations).flatten()
+                    index: tuple[Any, ...] = (slice(None), *cells)
+                    part = activations[index].flatten(1) @ weights.to(activations).flatten()
                     self.total[number] += part.cpu()
 
     def result(self) -> Tensor:

@@ -15,7 +15,8 @@ from esegeta_monai.explain.concept_discovery import case_units, concept_effects,
 from esegeta_monai.explain.tcav import examples_of_masks, tcav
 from tests.support.concepts import WEIGHTS, ordered, ordered_case
 
-SETTINGS = [(2, True), (2, False), (3, True), (3, False)]
+SLOW = pytest.mark.slow  # these take as long again
+SETTINGS = [(2, True), pytest.param(2, False, marks=SLOW), pytest.param(3, True, marks=SLOW), (3, False)]
 IDS = ["2D classification", "2D segmentation", "3D classification", "3D segmentation"]
 CASES = 6
 

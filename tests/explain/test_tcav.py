@@ -23,7 +23,8 @@ from esegeta_monai.explain.tcav import (
 )
 from tests.support.concepts import activations
 
-SETTINGS = [(2, True), (2, False), (3, True), (3, False)]
+SLOW = pytest.mark.slow  # these take as long again
+SETTINGS = [(2, True), pytest.param(2, False, marks=SLOW), pytest.param(3, True, marks=SLOW), (3, False)]
 IDS = ["2D classification", "2D segmentation", "3D classification", "3D segmentation"]
 
 
