@@ -21,7 +21,7 @@ METRIC_SETS: dict[str, tuple[str, ...]] = {
     "full": ("Deletion", "Insertion", "Infidelity", "FaithfulnessCorrelation", "Sparseness", "Entropy"),
 }
 """Metrics by the name of their set. The quick set scores ten changed images, which all maps and targets of a case
-share, and most of which change only some of the windows."""
+share; most of them change only some of the windows."""
 
 WITH_LABEL = ("PointingGame", "RelevanceMass", "RelevanceRank", "LocalisationAUC", "DistanceProfile")
 """Metrics that each set adds if there is a label; they do not run the network."""
