@@ -173,7 +173,7 @@ class DicomSource:
             highdicom.pm.ParametricMap,
             frames,
             ["map", method, target, frames.tobytes()],
-            contains_recognizable_visual_features=True,  # a map of a head can show the face
+            contains_recognizable_visual_features=True,  # the outline of a head can identify a patient
             real_world_value_mappings=[mapping],
             voi_lut_transformations=[
                 highdicom.VOILUTTransformation(

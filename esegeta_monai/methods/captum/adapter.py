@@ -42,8 +42,8 @@ class Captum(Method):
     share ``⟨ĝ_w ∂s/∂P, f(x_w)⟩``, and the windows' maps are added. This is exact for the volume, as the sum of these
     shares is F up to a constant for linear targets; Captum's DeepLIFT is refused for others.
 
-    What Captum does not handle on a network is recorded: ``completeness_gap`` where the algorithm promises that the map
-    adds up to ``F(x) − F(x₀)`` (DeepLIFT passes calls such as ``F.relu`` as if they were linear), and
+    Operations of a network that Captum does not handle are recorded: ``completeness_gap`` where the algorithm promises
+    that the map adds up to ``F(x) − F(x₀)`` (DeepLIFT passes calls such as ``F.relu`` as if they were linear), and
     ``difference_from_rule`` where it modifies activations (it knows `torch.nn.ReLU` modules only).
 
     Args:

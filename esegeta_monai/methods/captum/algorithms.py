@@ -17,7 +17,7 @@ PREFIX = "captum.attr."
 
 @dataclass(frozen=True)
 class Algorithm:
-    """What is known of a class of `captum.attr`.
+    """How a class of `captum.attr` is called, and what it promises.
 
     Attributes:
         ours: the method of this package that computes the same.
@@ -156,5 +156,5 @@ def split_arguments(name: str, arguments: Mapping[str, Any]) -> tuple[dict[str, 
 
 def _parameters(function: Any) -> dict[str, inspect.Parameter]:
     kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    found = inspect.signature(function).parameters.items()
-    return {n: p for n, p in found if p.kind not in kinds and n not in (*_FOREIGN, *_INNER)}
+    items = inspect.signature(function).parameters.items()
+    return {n: p for n, p in items if p.kind not in kinds and n not in (*_FOREIGN, *_INNER)}

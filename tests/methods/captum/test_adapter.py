@@ -131,8 +131,8 @@ def test_equal_to_captum(name, dims, windows):
     wrapper = TargetWrapper(net, target, inferer).freeze(image[None])
     objective = objective_of(net, image, [target, target_of(dims, 2)], inferer, seed=SEED)
     assert (len(objective.windows) > 3) == windows
-    found = explain(adapter(name, image), objective).maps[0]
-    assert deviation(found, by_captum(name, wrapper, image)) < (SINGLE if name in ("KernelShap", "Lime") else EXACT)
+    ours = explain(adapter(name, image), objective).maps[0]
+    assert deviation(ours, by_captum(name, wrapper, image)) < (SINGLE if name in ("KernelShap", "Lime") else EXACT)
 
 
 @pytest.mark.parametrize("name", ["Saliency", "IntegratedGradients", "GuidedBackprop", "Occlusion", "GradientShap"])
