@@ -222,7 +222,7 @@ def main() -> None:
             lines.append(row)
             print(row, flush=True)
             if args.table:
-                args.table.write_text("\n".join(lines) + "\n")
+                args.table.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

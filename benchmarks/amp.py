@@ -201,7 +201,7 @@ def main() -> None:
         results += rows(name, args.device, getattr(torch, args.dtype), args.seed)
         text = "\n".join(table(results, args.networks[:n], title))
         if args.table is not None:
-            args.table.write_text(text + "\n")
+            args.table.write_text(text + "\n", encoding="utf-8")
     print(text)
 
 

@@ -177,10 +177,10 @@ def main() -> None:
                 if done.returncode:
                     raise SystemExit(f"{name}: {done.stderr[-2000:]}")
                 row = json.loads(done.stdout.splitlines()[-1])
-            kept.write_text(json.dumps(row))
+            kept.write_text(json.dumps(row), encoding="utf-8")
             print(name, {k: row[k] for k in ("passes", "seconds", "peak", "note", "estimated") if k in row}, flush=True)
         rows.append(json.loads(kept.read_text(encoding="utf-8")))
-    options.output.write_text(table(rows))
+    options.output.write_text(table(rows), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -258,7 +258,8 @@ def main() -> None:
     print("\n".join(lines))
     if args.table:
         args.table.write_text(
-            "# Methods together and against bare loops\n\n`python benchmarks/methods.py`\n\n" + "\n".join(lines) + "\n"
+            "# Methods together and against bare loops\n\n`python benchmarks/methods.py`\n\n" + "\n".join(lines) + "\n",
+            encoding="utf-8",
         )
 
 

@@ -122,7 +122,7 @@ def explain_bundle(source: Path, work: Path, recipe: Recipe, python: str, limit:
     job["overlay"] = ["overlay", "--bundle", str(bundle), "--output", str(work / "explain.json")]
     for key, value in changes.items():
         job["overlay"] += ["--override", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
-    (work / "job.json").write_text(json.dumps(job))
+    (work / "job.json").write_text(json.dumps(job), encoding="utf-8")
     code, seconds = call(
         python,
         str(HERE / "zoo_check.py"),
@@ -327,14 +327,14 @@ def main() -> int:
             options.checkout.resolve() / name, work / name, recipe, os.path.abspath(options.python), options.limit
         )
         (work / name).mkdir(parents=True, exist_ok=True)
-        result.write_text(json.dumps(row, indent=1))
+        result.write_text(json.dumps(row, indent=1), encoding="utf-8")
         claim.unlink()
         verdict = "passes" if row["green"] else f"FAILS: {row['cause'][:400]}"
         print(f"{name}: {verdict} ({time.monotonic() - started:.0f} s)", flush=True)
     rows = [json.loads(f.read_text(encoding="utf-8")) for f in sorted(work.glob("*/row.json"))]
     print(f"{sum(r['green'] for r in rows)} of {len(rows)} pass")
     if options.table:
-        options.table.write_text(table(rows, f" at {options.commit}" if options.commit else ""))
+        options.table.write_text(table(rows, f" at {options.commit}" if options.commit else ""), encoding="utf-8")
     return 0 if all(r["green"] for r in rows) else 1
 
 

@@ -127,7 +127,7 @@ def main(job_file: Path) -> None:
         "deviation": difference / largest if largest else None,
         "windows": attribution.record["windows_total"],
     }
-    (job_file.parent / "check.json").write_text(json.dumps(check))
+    (job_file.parent / "check.json").write_text(json.dumps(check), encoding="utf-8")
     print(json.dumps(check, indent=1))
 
 

@@ -104,14 +104,14 @@ def datalist(key: str, shape: tuple[int, int, int], spacing: tuple[float, float,
 
     def make(folder: Path) -> dict[str, Any]:
         file = scan(folder / "case_1.nii.gz", shape, spacing, **options)
-        (folder / "list.json").write_text(json.dumps({key: [{"image": file}]}))
+        (folder / "list.json").write_text(json.dumps({key: [{"image": file}]}), encoding="utf-8")
         return {"data_list_file_path": str(folder / "list.json"), "dataset_dir": str(folder)}
 
     return make
 
 
 def listed_files(folder: Path, entries: list[dict[str, Any]]) -> dict[str, Any]:
-    (folder / "samples.json").write_text(json.dumps(entries))
+    (folder / "samples.json").write_text(json.dumps(entries), encoding="utf-8")
     return {"test_json": str(folder / "samples.json")}
 
 
@@ -121,7 +121,7 @@ def classification_template(folder: Path) -> dict[str, Any]:
 
 def mammogram(folder: Path) -> dict[str, Any]:
     entry = {"image": picture(folder / "a.jpg", (320, 400)), "label": [1, 0, 0, 0]}
-    (folder / "samples.json").write_text(json.dumps({"Test": [entry]}))
+    (folder / "samples.json").write_text(json.dumps({"Test": [entry]}), encoding="utf-8")
     return {"data#filename": str(folder / "samples.json")}
 
 
@@ -152,7 +152,7 @@ def nuclei(folder: Path) -> dict[str, Any]:
 def clicks(folder: Path) -> dict[str, Any]:
     picture(folder / "Test" / "Images" / "a.png", (256, 256))
     (folder / "Test" / "Centroids").mkdir(parents=True, exist_ok=True)
-    (folder / "Test" / "Centroids" / "a.txt").write_text(json.dumps([[100, 120]]))
+    (folder / "Test" / "Centroids" / "a.txt").write_text(json.dumps([[100, 120]]), encoding="utf-8")
     return {"dataset_dir": str(folder)}
 
 
@@ -166,19 +166,19 @@ def four_mr_sequences(folder: Path) -> dict[str, Any]:
         scan(folder / f"case_1_{name}.nii.gz", (64, 64, 48), (1.0, 1.0, 1.0), hounsfield=False, seed=i)
         for i, name in enumerate(("t1ce", "t1", "t2", "flair"))
     ]
-    (folder / "list.json").write_text(json.dumps({"testing": [{"image": files}]}))
+    (folder / "list.json").write_text(json.dumps({"testing": [{"image": files}]}), encoding="utf-8")
     return {"data_list_file_path": str(folder / "list.json"), "dataset_dir": str(folder)}
 
 
 def pediatric(folder: Path) -> dict[str, Any]:
     file = scan(folder / "case_1.nii.gz", (88, 88, 88), (1.6, 1.6, 3.2))
-    (folder / "list.json").write_text(json.dumps({"validation": [{"image": file}]}))
+    (folder / "list.json").write_text(json.dumps({"validation": [{"image": file}]}), encoding="utf-8")
     return {"data_list_file_path": str(folder / "list.json")}
 
 
 def prostate(folder: Path) -> dict[str, Any]:
     scan(folder / "train" / "t2.nii.gz", (68, 68, 30), (0.7, 0.7, 1.6), hounsfield=False)
-    (folder / "test.csv").write_text("ID,t2\n1,train/t2.nii.gz\n")
+    (folder / "test.csv").write_text("ID,t2\n1,train/t2.nii.gz\n", encoding="utf-8")
     return {"dataset_dir": f"{folder}/"}
 
 
@@ -200,7 +200,7 @@ def vista2d(folder: Path) -> dict[str, Any]:
 def lungs(folder: Path) -> dict[str, Any]:
     file = scan(folder / "case_1.nii.gz", (64, 64, 32), (0.703125, 0.703125, 1.25))
     entry = {"image": file, "box": [[10.0, 10.0, 10.0, 6.0, 6.0, 6.0]], "label": [0]}
-    (folder / "list.json").write_text(json.dumps({"validation": [entry]}))
+    (folder / "list.json").write_text(json.dumps({"validation": [entry]}), encoding="utf-8")
     return {"data_list_file_path": str(folder / "list.json"), "dataset_dir": str(folder)}
 
 
@@ -216,7 +216,7 @@ def slide(folder: Path) -> dict[str, Any]:
     (folder / "testing" / "images").mkdir(parents=True, exist_ok=True)
     picture(folder / "testing" / "images" / "a.png", (512, 512)).replace(".png", ".tif")
     Image.open(folder / "testing" / "images" / "a.png").save(folder / "testing" / "images" / "a.tif")
-    (folder / "testing.csv").write_text("a\n")
+    (folder / "testing.csv").write_text("a\n", encoding="utf-8")
     return {"dataset_dir": str(folder), "testing_file": str(folder / "testing.csv")}
 
 

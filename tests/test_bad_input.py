@@ -78,7 +78,7 @@ def empty(s: Situation) -> None:
 
 def no_nifti(s: Situation) -> None:
     make_bundle(s.bundle)
-    s.bad.write_text("date,patient\n2024-01-15,x\n" * 50)
+    s.bad.write_text("date,patient\n2024-01-15,x\n" * 50, encoding="utf-8")
 
 
 def voxel(value: float) -> Callable[[Situation], None]:
@@ -173,7 +173,7 @@ def foreign_weights(s: Situation) -> None:
 
 def output_is_a_file(s: Situation) -> None:
     one_good(s)
-    s.output.write_text("not a folder")
+    s.output.write_text("not a folder", encoding="utf-8")
 
 
 ODD = """
@@ -192,7 +192,7 @@ class Odd(torch.nn.Module):
 def odd_output(s: Situation) -> None:
     one_good(s, weights=False, network_def={"_target_": "scripts.odd.Odd"})
     (s.bundle / "scripts").mkdir()
-    (s.bundle / "scripts" / "odd.py").write_text(ODD)
+    (s.bundle / "scripts" / "odd.py").write_text(ODD, encoding="utf-8")
     torch.save({"layer.weight": torch.zeros(3, 1, 3, 3, 3), "layer.bias": torch.zeros(3)}, s.bundle / "models/model.pt")
 
 
@@ -213,7 +213,7 @@ def no_bundle(s: Situation) -> None:
 
 def broken_config(s: Situation) -> None:
     one_good(s)
-    (s.bundle / "configs" / "inference.json").write_text('{"network_def": ')
+    (s.bundle / "configs" / "inference.json").write_text('{"network_def": ', encoding="utf-8")
 
 
 def one_channel_network(s: Situation) -> None:

@@ -108,7 +108,7 @@ def test_an_ensemble_with_views_by_two_processes(tmp_path):
     content = json.loads(config.read_text(encoding="utf-8"))
     target = "esegeta_monai.explain.ensemble.EnsembleInferer"
     content["inferer"] = {"_target_": target, "inferer": content["inferer"], "mirror_axes": [0, 1]}
-    config.write_text(json.dumps(content))
+    config.write_text(json.dumps(content), encoding="utf-8")
     what = ["--methods", METHODS, "--target", "Box(1, (4, 4), (40, 30))", "--agreement", "--no-pictures"]
     for ranks, output in ((1, "one"), (2, "two")):
         done = explain(bundle, scan, tmp_path / output, ranks, *what, "--share", "windows")

@@ -86,7 +86,7 @@ def _experiments(cause: Cause, n: int) -> tuple[list[bool], list[Experiment]]:
     if not file.exists():
         right, results = experiments(cause, range(EXPERIMENT_SEEDS, EXPERIMENT_SEEDS + n))
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps({"right": right, "experiments": [vars(e) for e in results]}))
+        file.write_text(json.dumps({"right": right, "experiments": [vars(e) for e in results]}), encoding="utf-8")
     kept = json.loads(file.read_text(encoding="utf-8"))
     return kept["right"], [Experiment(**e) for e in kept["experiments"]]
 

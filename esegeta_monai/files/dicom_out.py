@@ -234,8 +234,9 @@ class DicomSource:
 
         with Image.open(picture) as opened:
             pixels = np.asarray(opened.convert("RGB"))
+        own: dict[str, Any] = self._identifiers(["picture", title, pixels.tobytes()])
         try:
-            made = highdicom.sc.SCImage.from_ref_dataset(
+            made: Any = highdicom.sc.SCImage.from_ref_dataset(
                 self.slices[0],
                 pixel_array=pixels,
                 photometric_interpretation="RGB",
@@ -246,7 +247,7 @@ class DicomSource:
                 series_number=self._series_number(2),
                 manufacturer=_MAKER,
                 instance_number=1,
-                **self._identifiers(["picture", title, pixels.tobytes()]),
+                **own,
             )
         except (AttributeError, ValueError, TypeError) as error:
             raise _refused(error) from error

@@ -161,7 +161,7 @@ def test_the_page_has_a_column_of_every_metric(metrics: Any) -> None:
 
 def test_a_block_is_replaced_and_the_rest_of_the_page_kept(table: Any, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text("before\n<!-- a -->\nold\n<!-- /a -->\nafter\n")
+    page.write_text("before\n<!-- a -->\nold\n<!-- /a -->\nafter\n", encoding="utf-8")
     table.write_block(page, "a", "new")
     table.write_block(page, "a", "newer")
     assert page.read_text(encoding="utf-8") == "before\n<!-- a -->\n\nnewer\n\n<!-- /a -->\nafter\n"

@@ -122,7 +122,7 @@ def bundle_with(folder: Path, **scripts: str) -> Path:
     bundle = make_bundle(folder)
     (bundle / "scripts").mkdir()
     for name, source in scripts.items():
-        (bundle / "scripts" / f"{name}.py").write_text(source)
+        (bundle / "scripts" / f"{name}.py").write_text(source, encoding="utf-8")
     return bundle
 
 
@@ -170,8 +170,8 @@ def test_a_bundle_s_own_are_run_by_the_overlay(tmp_path):
     scan = oblique.write_scan(tmp_path / "scans" / "alpha.nii.gz", 0)
     bundle = oblique.write(tmp_path / "b", oblique.config([scan], tmp_path / "b" / "eval"))
     (bundle / "scripts").mkdir()
-    (bundle / "scripts" / "mine.py").write_text(METHOD)
-    (bundle / "scripts" / "corner.py").write_text(TARGET)
+    (bundle / "scripts" / "mine.py").write_text(METHOD, encoding="utf-8")
+    (bundle / "scripts" / "corner.py").write_text(TARGET, encoding="utf-8")
     overlay = Path(esegeta_monai.bundle.__file__).parent / "explain.json"
     files = [str(bundle / "configs" / "inference.json"), str(overlay)]
     methods = ["SteepGradient(factor=3)", {"_target_": "scripts.mine.SteepGradient", "name": "four", "factor": 4}]
@@ -221,7 +221,7 @@ def test_a_bundle_s_metric_is_listed_and_found_by_command_and_overlay(tmp_path, 
     scan = oblique.write_scan(tmp_path / "scans" / "alpha.nii.gz", 0)
     bundle = oblique.write(tmp_path / "b", oblique.config([scan], tmp_path / "b" / "eval"))
     (bundle / "scripts").mkdir()
-    (bundle / "scripts" / "distance.py").write_text(METRIC)
+    (bundle / "scripts" / "distance.py").write_text(METRIC, encoding="utf-8")
     assert run("metrics", "--bundle", bundle, "--json") == 0
     entries = {entry["name"]: entry for entry in json.loads(capsys.readouterr().out)}
     assert entries["CentreDistance"]["parameters"] == {"power": 1.0}
@@ -308,17 +308,18 @@ def test_an_installed_package_announces_its_own(tmp_path, monkeypatch, capsys):
     """A distribution on the path whose entry points name a method, a target and a metric."""
     site = tmp_path / "site"
     (site / "outside").mkdir(parents=True)
-    (site / "outside" / "__init__.py").write_text("")
-    (site / "outside" / "methods.py").write_text(METHOD)
-    (site / "outside" / "targets.py").write_text(TARGET)
-    (site / "outside" / "metrics.py").write_text(METRIC)
+    (site / "outside" / "__init__.py").write_text("", encoding="utf-8")
+    (site / "outside" / "methods.py").write_text(METHOD, encoding="utf-8")
+    (site / "outside" / "targets.py").write_text(TARGET, encoding="utf-8")
+    (site / "outside" / "metrics.py").write_text(METRIC, encoding="utf-8")
     info = site / "outside-1.0.dist-info"
     info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: outside\nVersion: 1.0\n", encoding="utf-8")
     (info / "entry_points.txt").write_text(
         "[esegeta_monai.methods]\nsteep-gradient = outside.methods:SteepGradient\n\n"
         "[esegeta_monai.targets]\ncorner = outside.targets:Corner\n\n"
-        "[esegeta_monai.metrics]\ncentre-distance = outside.metrics:CentreDistance\n"
+        "[esegeta_monai.metrics]\ncentre-distance = outside.metrics:CentreDistance\n",
+        encoding="utf-8",
     )
     monkeypatch.syspath_prepend(str(site))
     for registry in (METHODS, TARGETS, METRICS):  # as in a process that has not looked yet

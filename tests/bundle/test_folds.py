@@ -28,7 +28,7 @@ def test_the_splits_are_found_where_nnunet_puts_them(
     monkeypatch.setenv("nnUNet_preprocessed", str(prepared))
     where = {"model": folder, "above": folder.parent, "prepared": prepared / "Dataset001_Small"}[place]
     where.mkdir(parents=True, exist_ok=True)
-    (where / "splits_final.json").write_text(json.dumps(SPLITS))
+    (where / "splits_final.json").write_text(json.dumps(SPLITS), encoding="utf-8")
     training = {"fold_0": "training", "fold_1": "validation", "fold_all": "training"}
     assert folds_of_case(folder, "a") == folds_of_case(folder, "a_0000") == training
     assert set(folds_of_case(folder, "new").values()) == {"not in the splits"}
@@ -41,6 +41,6 @@ def test_nothing_is_claimed_without_splits(
     folder = model(tmp_path)
     assert folds_of_case(folder, "a") == {}
     for text in ("{", "{}"):
-        (folder / "splits_final.json").write_text(text)
+        (folder / "splits_final.json").write_text(text, encoding="utf-8")
         assert folds_of_case(folder, "a") == {}
     assert caplog.text.count("is not known") == 2

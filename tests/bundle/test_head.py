@@ -57,10 +57,10 @@ def make(folder: Path, inside: bool, transforms: list[dict[str, Any]]) -> Path:
         "handlers": [],
         "imports": ["$import torch"],
     }
-    (folder / "configs" / "inference.json").write_text(json.dumps(config(**more)))
+    (folder / "configs" / "inference.json").write_text(json.dumps(config(**more)), encoding="utf-8")
     content = metadata()
     content["network_data_format"]["outputs"]["pred"]["channel_def"] = {"0": "background", "1": "lesion"}
-    (folder / "configs" / "metadata.json").write_text(json.dumps(content))
+    (folder / "configs" / "metadata.json").write_text(json.dumps(content), encoding="utf-8")
     network = nn.Sequential(nn.Conv3d(1, 1, 1), nn.Identity())
     with torch.no_grad():
         network[0].weight.fill_(2.0)
@@ -114,7 +114,7 @@ def by_overlay(bundle: Path, output: Path) -> list[dict[str, Any]]:
     parser.read_config(str(bundle / "configs" / "inference.json"))
     overlay = fitted_overlay(parser, BundleReader(bundle).metadata)
     overlay |= {"explain_methods": ["Saliency"], "explain_output_dir": str(output)}
-    (bundle / "configs" / "explain.json").write_text(json.dumps(overlay))
+    (bundle / "configs" / "explain.json").write_text(json.dumps(overlay), encoding="utf-8")
     reader = BundleReader(bundle, ["configs/inference.json", "configs/explain.json"])
     reader.network  # noqa: B018 - loads the weights into the engine's network
     reader.resolve("evaluator").run()
@@ -195,7 +195,7 @@ def test_the_default_of_a_regression_is_its_value(tmp_path: Path) -> None:
     file = bundle / "configs" / "metadata.json"
     content = json.loads(file.read_text(encoding="utf-8"))
     content["network_data_format"]["outputs"]["pred"] = {"type": "tuples"}
-    file.write_text(json.dumps(content))
+    file.write_text(json.dumps(content), encoding="utf-8")
     for name in ("command", "handler", "overlay"):
         (record,) = INTERFACES[name](bundle, tmp_path / name)
         assert (record["target"], record["head"]["kind"]) == ("OutputValue", "raw")

@@ -274,7 +274,9 @@ def test_other_weights_and_configs_compute_again(bundle: Path, finished: Path, t
     run(folder, output_dir=str(output), **SMALL)
     assert set(statuses(output).values()) == {"ok"}
     content = json.loads((folder / "configs" / "inference.json").read_text(encoding="utf-8"))
-    (folder / "configs" / "inference.json").write_text(json.dumps({**content, "note": "another version"}))
+    (folder / "configs" / "inference.json").write_text(
+        json.dumps({**content, "note": "another version"}), encoding="utf-8"
+    )
     run(folder, output_dir=str(output), **SMALL)
     assert set(statuses(output).values()) == {"ok"}
     run(folder, output_dir=str(output), **SMALL)
@@ -390,9 +392,9 @@ def test_a_bundle_that_calls_its_handlers_otherwise(bundle: Path, tmp_path: Path
     content = json.loads((folder / "configs" / "inference.json").read_text(encoding="utf-8"))
     content["val_handlers"] = content.pop("handlers")
     content["evaluator"]["val_handlers"] = "@val_handlers"
-    (folder / "configs" / "inference.json").write_text(json.dumps(content))
+    (folder / "configs" / "inference.json").write_text(json.dumps(content), encoding="utf-8")
     third = tmp_path / "wire.json"
-    third.write_text(json.dumps({"+val_handlers": ["@explain_handler"]}))
+    third.write_text(json.dumps({"+val_handlers": ["@explain_handler"]}), encoding="utf-8")
     run(folder, third, output_dir=str(tmp_path / "out"), **SMALL)
     assert set(statuses(tmp_path / "out").values()) == {"ok"}
 

@@ -188,7 +188,9 @@ def test_image_key(tmp_path: Path, transforms: list[dict], more: dict[str, Any],
 
 def test_several_config_files_and_overrides(tmp_path: Path) -> None:
     folder = write(tmp_path / "bundle", wired(tmp_path))
-    (folder / "configs/overlay.json").write_text('{"output_dir": "elsewhere", "+handlers": [{"_target_": "X"}]}')
+    (folder / "configs/overlay.json").write_text(
+        '{"output_dir": "elsewhere", "+handlers": [{"_target_": "X"}]}', encoding="utf-8"
+    )
     reader = BundleReader(
         folder,
         ["configs/inference.json", "configs/overlay.json"],
@@ -303,7 +305,7 @@ def test_no_such_folder_or_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("file", ["inference.json", "metadata.json"])
 def test_broken_json_is_named(tmp_path: Path, file: str) -> None:
     folder = write(tmp_path / "bundle", minimal())
-    (folder / "configs" / file).write_text("{,")
+    (folder / "configs" / file).write_text("{,", encoding="utf-8")
     with pytest.raises(UsageError, match=file):
         BundleReader(folder)
 

@@ -185,7 +185,9 @@ def test_merge_writes_one_config(tmp_path: Path, change: Change) -> None:
 
 def test_merge_of_files_of_ones_own(tmp_path: Path) -> None:
     folder = make(tmp_path, as_it_is)
-    (tmp_path / "more.json").write_text(json.dumps({"+handlers": [{"_target_": "StatsHandler"}], "batch_size": 2}))
+    (tmp_path / "more.json").write_text(
+        json.dumps({"+handlers": [{"_target_": "StatsHandler"}], "batch_size": 2}), encoding="utf-8"
+    )
     merged = tmp_path / "merged.json"
     add = ["--add", str(tmp_path / "more.json")]
     assert main(["merge", "--bundle", str(folder), *add, "--output", str(merged)]) == 0
@@ -247,7 +249,7 @@ def test_the_multi_gpu_overlay_finds_the_data_loader(
     assert written["explain_sampler"]["dataset"] == f"@{where}#dataset"
     for name in ("explain.json", "multi_gpu_explain.json"):
         own = {**json.loads((folder / "configs" / name).read_text(encoding="utf-8")), "explain_seed": 7}
-        (folder / "configs" / name).write_text(json.dumps(own))
+        (folder / "configs" / name).write_text(json.dumps(own), encoding="utf-8")
         assert main(["overlay", "--bundle", str(folder), "--multi-gpu"]) == 2
         assert json.loads((folder / "configs" / name).read_text(encoding="utf-8")) == own
         (folder / "configs" / name).unlink()

@@ -76,13 +76,15 @@ class Place:
 
     def write(self, **changes: Any) -> None:
         """Write the config with changed ids, and with an evaluator, without which there is no overlay."""
-        (self.root / "configs" / "inference.json").write_text(json.dumps(config(**{**RUN, **changes})))
+        (self.root / "configs" / "inference.json").write_text(
+            json.dumps(config(**{**RUN, **changes})), encoding="utf-8"
+        )
 
     def file(self, name: str, text: str = "") -> Path:
         """Write a file; the default touches the marker when it is imported."""
         path = self.root / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text or f"import os\nos.system('{self.command}')\n")
+        path.write_text(text or f"import os\nos.system('{self.command}')\n", encoding="utf-8")
         return path
 
 
@@ -124,7 +126,8 @@ def import_in_metadata(place: Place) -> None:
     place.file("evil_module.py")
     file = place.root / "configs" / "metadata.json"
     file.write_text(
-        json.dumps({**json.loads(file.read_text(encoding="utf-8")), "changelog": {"0.1": "$import evil_module"}})
+        json.dumps({**json.loads(file.read_text(encoding="utf-8")), "changelog": {"0.1": "$import evil_module"}}),
+        encoding="utf-8",
     )
 
 
@@ -163,7 +166,7 @@ def scripts_extension(place: Place) -> None:
 def scripts_linked(place: Place) -> None:
     other = place.root.parent / "elsewhere"
     other.mkdir()
-    (other / "net.py").write_text(f"import os\nos.system('{place.command}')\n{SIMPLE}")
+    (other / "net.py").write_text(f"import os\nos.system('{place.command}')\n{SIMPLE}", encoding="utf-8")
     (place.root / "scripts").symlink_to(other)
     place.write(network_def={"_target_": "scripts.net.make"})
 
@@ -292,7 +295,9 @@ def entry_points(place: Place) -> None:
 
 def linked_config(place: Place) -> None:
     other = place.root.parent / "elsewhere.json"
-    other.write_text(json.dumps(config(**RUN, network_def={"_target_": "os.system", "command": place.command})))
+    other.write_text(
+        json.dumps(config(**RUN, network_def={"_target_": "os.system", "command": place.command})), encoding="utf-8"
+    )
     file = place.root / "configs" / "inference.json"
     file.unlink()
     file.symlink_to(other)
@@ -316,11 +321,13 @@ def yaml_loop(place: Place) -> None:
 
 
 def deep_json(place: Place) -> None:
-    (place.root / "configs" / "inference.json").write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    (place.root / "configs" / "inference.json").write_text(
+        '{"a": ' + "[" * 100_000 + "]" * 100_000 + "}", encoding="utf-8"
+    )
 
 
 def deep_metadata(place: Place) -> None:
-    (place.root / "configs" / "metadata.json").write_text('{"a": ' * 50_000 + "1" + "}" * 50_000)
+    (place.root / "configs" / "metadata.json").write_text('{"a": ' * 50_000 + "1" + "}" * 50_000, encoding="utf-8")
 
 
 def macro_bomb(place: Place) -> None:

@@ -133,7 +133,7 @@ def test_maps_are_checked_on_request(bundle: Path, scans: Path, tmp_path: Path) 
 
 def test_a_config_and_overrides_are_used(bundle: Path, scans: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.json"
-    other.write_text(json.dumps({"inferer": {"_target_": "SimpleInferer"}}))
+    other.write_text(json.dumps({"inferer": {"_target_": "SimpleInferer"}}), encoding="utf-8")
     words = ("--methods", "Saliency", "--target", "MultiClassMask(1)", "-q")
     assert explained(bundle, scans / "007.nii.gz", tmp_path / "a", *words) == 0
     assert explained(bundle, scans / "007.nii.gz", tmp_path / "b", *words, "--config", "configs/inference.json",
@@ -211,7 +211,7 @@ def test_sigmoid_bundles_have_no_background(tmp_path: Path) -> None:
     bundle = make_bundle(tmp_path / "bundle", postprocessing=steps)
     metadata = json.loads((bundle / "configs" / "metadata.json").read_text(encoding="utf-8"))
     metadata["network_data_format"]["outputs"]["pred"]["channel_def"] = {"0": "core", "1": "oedema", "2": "edge"}
-    (bundle / "configs" / "metadata.json").write_text(json.dumps(metadata))
+    (bundle / "configs" / "metadata.json").write_text(json.dumps(metadata), encoding="utf-8")
     make_scan(tmp_path / "a.nii.gz")
     assert explained(bundle, tmp_path / "a.nii.gz", tmp_path / "out", "--methods", "Saliency") == 0
     reader = BundleReader(bundle)
@@ -229,7 +229,7 @@ def test_channels_from_a_comma_list_a_folder_a_case_and_one_file_agree(tmp_path:
     bundle = make_bundle(tmp_path / "bundle", channels=2)
     t1 = make_scan(tmp_path / "sets" / "p1" / "p1_T1.nii.gz")
     t2 = make_scan(tmp_path / "sets" / "p1" / "p1_T2.nii.gz", seed=1)
-    (tmp_path / "sets" / "p1" / "notes.txt").write_text("no scan")
+    (tmp_path / "sets" / "p1" / "notes.txt").write_text("no scan", encoding="utf-8")
     both = np.stack([np.asarray(nib.load(f).dataobj) for f in (t1, t2)], -1)
     nib.save(nib.Nifti1Image(both, nib.load(t1).affine), tmp_path / "whole.nii.gz")
     more = ("--methods", "Saliency", "--target", "MultiClassMask(1)")
@@ -411,13 +411,13 @@ def test_overlay_is_written_and_never_over_another(tmp_path: Path, capsys: pytes
     assert "builds no evaluator" in capsys.readouterr().err
     evaluator = {"_target_": "SupervisedEvaluator", "network": "@network"}
     (bundle / "configs" / "inference.json").write_text(
-        json.dumps(config(evaluator=evaluator, run=["$@evaluator.run()"]))
+        json.dumps(config(evaluator=evaluator, run=["$@evaluator.run()"])), encoding="utf-8"
     )
     assert run("overlay", "--bundle", bundle) == 0
     copy = bundle / "configs" / "explain.json"
     assert json.loads(copy.read_text(encoding="utf-8"))["evaluator#val_handlers"] == ["@explain_handler"]
     assert "['configs/inference.json', 'configs/explain.json']" in capsys.readouterr().out
-    copy.write_text("mine")
+    copy.write_text("mine", encoding="utf-8")
     assert run("overlay", "--bundle", bundle) == 2
     assert copy.read_text(encoding="utf-8") == "mine"
     assert "explain.json already exists" in capsys.readouterr().err

@@ -166,7 +166,7 @@ def _parsers() -> dict[str, Any]:
 def bundle(tmp_path: Path) -> Path:
     folder = make_bundle(tmp_path / "bundle")
     (folder / "scripts").mkdir()
-    (folder / "scripts" / "net.py").write_text(hostile.SIMPLE)
+    (folder / "scripts" / "net.py").write_text(hostile.SIMPLE, encoding="utf-8")
     return folder
 
 
@@ -186,12 +186,12 @@ def test_trust_is_remembered_by_content(bundle: Path, capsys: pytest.CaptureFixt
         assert run("layers", "--bundle", moved) == 0
     for name in ("scripts/new.py", "other/new.py", "models/new.bin", "new.pkl"):
         (moved / name).parent.mkdir(exist_ok=True)
-        (moved / name).write_text("")
+        (moved / name).write_text("", encoding="utf-8")
         assert run("layers", "--bundle", moved) == 3, name
         (moved / name).unlink()
     for name in ("eval/scan_trans.nii.gz", "models/weights.safetensors", "docs/README.md", "scripts/__pycache__/a.pyc"):
         (moved / name).parent.mkdir(exist_ok=True)
-        (moved / name).write_text("")  # outputs, numbers and texts run nothing
+        (moved / name).write_text("", encoding="utf-8")  # outputs, numbers and texts run nothing
         assert run("layers", "--bundle", moved) == 0, name
     capsys.readouterr()
 
@@ -202,11 +202,11 @@ def test_a_file_that_the_config_names_is_part_of_the_content(bundle: Path) -> No
         **json.loads(file.read_text(encoding="utf-8")),
         "extra": "$exec(open(@bundle_root + '/docs/readme.txt').read())",
     }
-    file.write_text(json.dumps(config))
+    file.write_text(json.dumps(config), encoding="utf-8")
     (bundle / "docs").mkdir()
-    (bundle / "docs" / "readme.txt").write_text("pass")
+    (bundle / "docs" / "readme.txt").write_text("pass", encoding="utf-8")
     assert run("layers", "--bundle", bundle, "--trust") == 0
-    (bundle / "docs" / "readme.txt").write_text("import os")
+    (bundle / "docs" / "readme.txt").write_text("import os", encoding="utf-8")
     assert run("layers", "--bundle", bundle) == 3
 
 
@@ -270,13 +270,13 @@ def test_large_files_are_hashed_once(bundle: Path, monkeypatch: pytest.MonkeyPat
 def test_a_store_that_is_damaged_or_cannot_be_written(bundle: Path, caplog: pytest.LogCaptureFixture) -> None:
     store_path().parent.mkdir(parents=True)
     for text in ("{", "[]", '{"trusted": 3}', "[" * 100_000):
-        store_path().write_text(text)
+        store_path().write_text(text, encoding="utf-8")
         assert run("layers", "--bundle", bundle) == 3
         assert "no bundle counts as trusted" in caplog.text
         caplog.clear()
     store_path().unlink()
     store_path().parent.rmdir()
-    store_path().parent.write_text("a file in place of the folder")
+    store_path().parent.write_text("a file in place of the folder", encoding="utf-8")
     assert run("layers", "--bundle", bundle, "--trust") == 0
     assert "is not remembered" in caplog.text
 
@@ -288,7 +288,9 @@ def test_our_own_bundles_are_trusted_with_their_own_configs_only(tmp_path: Path)
     assert run("layers", "--bundle", copy) == 3
     marker = tmp_path / "marker"
     other = tmp_path / "inference.json"
-    other.write_text(json.dumps({"network_def": {"_target_": "os.system", "command": f"touch {marker}"}}))
+    other.write_text(
+        json.dumps({"network_def": {"_target_": "os.system", "command": f"touch {marker}"}}), encoding="utf-8"
+    )
     assert run("layers", "--bundle", shipped, "--config", other) == 3
     assert not marker.exists()
 
@@ -312,7 +314,9 @@ def explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Pa
     words = ["--methods", "IntegratedGradients(n_steps=2)", "--target", "MultiClassMask(1)", "--no-pictures", "--trust"]
     assert run("explain", "--bundle", folder, "--input", scan, "--output", tmp_path / "out", *words) == 0
     (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "evil_module.py").write_text(f"import os\nos.system('touch {tmp_path / 'marker'}')\n")
+    (tmp_path / "site" / "evil_module.py").write_text(
+        f"import os\nos.system('touch {tmp_path / 'marker'}')\n", encoding="utf-8"
+    )
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
     return folder, scan, tmp_path / "out"
 
@@ -340,7 +344,7 @@ def test_names_in_a_record_are_not_imported(
             for key, value in CHANGES[change].items():
                 same = isinstance(value, dict) and isinstance(entry.get(key), dict)
                 entry[key] = {**entry[key], **value} if same else value
-        file.write_text(json.dumps(content))
+        file.write_text(json.dumps(content), encoding="utf-8")
     where = ["--bundle", folder, "--input", scan, "--output", tmp_path / "evaluated", "--maps", out, "--no-controls"]
     for metrics in ("Sparseness", "MaxSensitivity(n_samples=1)"):
         assert run("evaluate", *where, "--metrics", metrics) in (0, 1, 2)
@@ -373,7 +377,7 @@ def test_the_working_directory_is_the_bundle(name: str, command: str, how: str, 
     place = make_hostile(name, tmp_path / "hostile")
     script = tmp_path / "bin" / "esegeta-monai"
     script.parent.mkdir()
-    script.write_text("import sys\nfrom esegeta_monai.cli.main import main\nsys.exit(main())\n")
+    script.write_text("import sys\nfrom esegeta_monai.cli.main import main\nsys.exit(main())\n", encoding="utf-8")
     start = ["-m", "esegeta_monai"] if how == "module" else [str(script)]
     root = str(Path(stores.__file__).parents[2])
     done = subprocess.run(

@@ -32,9 +32,9 @@ def model_folder(root: Path, network: str, **changes: Any) -> Path:
         "_kw_requires_import": ["conv_op", "norm_op", "dropout_op", "nonlin"],
     }
     configurations = {"3d_fullres": {"patch_size": [16, 16, 16], "architecture": architecture}}
-    (folder / "plans.json").write_text(json.dumps({"configurations": configurations}))
+    (folder / "plans.json").write_text(json.dumps({"configurations": configurations}), encoding="utf-8")
     labels = {"background": 0, "liver": 1}
-    (folder / "dataset.json").write_text(json.dumps({"channel_names": {"0": "CT"}, "labels": labels}))
+    (folder / "dataset.json").write_text(json.dumps({"channel_names": {"0": "CT"}, "labels": labels}), encoding="utf-8")
     (folder / "fold_0" / "checkpoint_final.pth").write_bytes(b"no pickle")
     return folder
 
@@ -93,7 +93,7 @@ def test_the_first_stage_of_a_cascade_counts_too(tmp_path: Path) -> None:
     folder = model_folder(tmp_path, UNET)
     plans = json.loads((folder / "plans.json").read_text(encoding="utf-8"))
     plans["configurations"]["3d_fullres"]["previous_stage"] = "3d_lowres"
-    (folder / "plans.json").write_text(json.dumps(plans))
+    (folder / "plans.json").write_text(json.dumps(plans), encoding="utf-8")
     assert NnunetContents(folder).runnables == []
     first = model_folder(tmp_path / "first", "os.system")
     first.rename(folder.with_name(folder.name.replace("3d_fullres", "3d_lowres")))
@@ -107,6 +107,6 @@ def test_the_first_stage_of_a_cascade_counts_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["{", "[]", '{"configurations": 3}', "[" * 100_000])
 def test_damaged_plans_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
     folder = model_folder(tmp_path, UNET)
-    (folder / "plans.json").write_text(text)
+    (folder / "plans.json").write_text(text, encoding="utf-8")
     assert main(["info", "--nnunet", str(folder)]) == 2
     assert "plans.json" in capsys.readouterr().err

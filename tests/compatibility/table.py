@@ -67,7 +67,7 @@ def write(store: Store) -> str:
         names = [(r.name, r.letter) for r in rows]
         for dims in (2, 3):
             parts.append(_grid(store, section, names, dims))
-    PATH.write_text("\n".join(parts))
+    PATH.write_text("\n".join(parts), encoding="utf-8")
     return f"{PATH.name}: {len(cells)} cells, " + ", ".join(
         f"{TITLES[w]} {sum(c.verdict == 'green' and c.whose == w for c in cells)} green" for w in present
     )

@@ -56,6 +56,6 @@ def test_the_file_has_outputs_without_errors(path: Path) -> None:
 
 def test_a_failing_cell_fails_the_run(tmp_path: Path) -> None:
     cell = {"cell_type": "code", "source": ["x = 1\n", "assert x == 2"]}
-    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": [cell]}))
+    (tmp_path / "a.ipynb").write_text(json.dumps({"cells": [cell]}), encoding="utf-8")
     with pytest.raises(AssertionError):
         run(tmp_path / "a.ipynb")

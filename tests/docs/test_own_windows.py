@@ -18,7 +18,7 @@ def test_it_checks_itself(capsys: pytest.CaptureFixture[str]) -> None:
 def test_it_fails_with_other_weights(tmp_path: Path) -> None:
     broken = EXAMPLE.read_text(encoding="utf-8").replace("count[place] += 1", "count[place] += 2 - place[0].start % 2")
     assert broken != EXAMPLE.read_text(encoding="utf-8")
-    (tmp_path / "broken.py").write_text(broken)
+    (tmp_path / "broken.py").write_text(broken, encoding="utf-8")
     with pytest.raises(AssertionError):
         runpy.run_path(str(tmp_path / "broken.py"), run_name="__main__")
 

@@ -145,7 +145,7 @@ def test_a_map_on_disk_that_cannot_be_read_leaves_the_others(study, capsys):
     assert run(study, "explain", "cut", *what, "--no-pictures") == 0
     (cut,) = (study / "cut" / "a").glob("*Saliency_attr.nii.gz")
     cut.write_bytes(b"cut")
-    (study / "cut" / "other.json").write_text('{"case": "a", "map": "x.nii.gz", "status": "ok"}')
+    (study / "cut" / "other.json").write_text('{"case": "a", "map": "x.nii.gz", "status": "ok"}', encoding="utf-8")
     assert run(study, "evaluate", "rest", "--maps", str(study / "cut"), "--metrics", "Sparseness", "--no-controls") == 1
     assert {method for _, method, _ in rows_of(study, "rest")} == {"InputXGradient"}
     record = json.loads((study / "rest" / "a" / "a_metrics.json").read_text(encoding="utf-8"))

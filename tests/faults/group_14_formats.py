@@ -210,7 +210,11 @@ ROWS = [
     row("DICOM: a slice cut in its header", series(cut(400)), "first 003.dcm|003.dcm: "),
     row("DICOM: a slice cut in its meta information", series(cut(200)), "003.dcm: the file is truncated"),
     row("DICOM: an empty slice", series(cut(0)), "first 003.dcm"),
-    row("DICOM: a text among the slices", series(lambda d: (d / "9.dcm").write_text("x")), "first 9.dcm"),
+    row(
+        "DICOM: a text among the slices",
+        series(lambda d: (d / "9.dcm").write_text("x", encoding="utf-8")),
+        "first 9.dcm",
+    ),
     row("DICOM: a slice of another series", series(dicom.text(UID, UID[:-1] + b"7", ONE)), "holds 2 DICOM series"),
     row(
         "DICOM: a slice of another orientation",

@@ -311,12 +311,12 @@ def _unwritable_log(folder: Path) -> None:
 def _damaged_record(folder: Path) -> None:
     study(folder)
     (folder / "out").mkdir()
-    (folder / "out" / "run.json").write_text('{"results": [')
+    (folder / "out" / "run.json").write_text('{"results": [', encoding="utf-8")
     done = command(*explain(folder, folder / "out"))
     assert done.code == 0, done.err
     assert len(statuses(folder / "out")) == 12
     assert not {"failed", "timeout"} & set(statuses(folder / "out").values())
-    (folder / "out" / "run.json").write_text("damaged")
+    (folder / "out" / "run.json").write_text("damaged", encoding="utf-8")
     assert command("report", folder / "out").code == 0  # the journal is enough
 
 

@@ -181,8 +181,8 @@ def bundle(folder: Path, source: str, **arguments: object) -> Path:
     definition = {"_target_": "scripts.faulty.Net", **arguments}
     make_bundle(folder, weights=False, network_def=definition, inferer=inferer, **changes)
     (folder / "scripts").mkdir()
-    (folder / "scripts" / "__init__.py").write_text("")
-    (folder / "scripts" / "faulty.py").write_text(source)
+    (folder / "scripts" / "__init__.py").write_text("", encoding="utf-8")
+    (folder / "scripts" / "faulty.py").write_text(source, encoding="utf-8")
     names: dict[str, object] = {}
     exec(source, names)
     with torch.random.fork_rng(devices=[]):

@@ -76,7 +76,7 @@ def _odd_records(folder: Path) -> str:
     sidecar, _ = study(folder)
     odd = [1, "x", None, {"case": 5}, {"case": "mine", "target": [], "method": {}}, {"status": 3}]
     out = folder / "out"
-    (out / "run.json").write_text(json.dumps({"results": odd, "summary": []}))
+    (out / "run.json").write_text(json.dumps({"results": odd, "summary": []}), encoding="utf-8")
     lines = [b'{"case": 1}', b"[]", b"null", b'{"case": "\xff"}', b'{"case":', b"\0" * 100]
     lines.append(b'{"case": "gone", "target": "t", "method": "M", "status": "?", "map": "../../x_attr.nii.gz"}')
     with open(out / "run.jsonl", "ab") as file:
@@ -87,7 +87,7 @@ def _odd_records(folder: Path) -> str:
         done = command(*words)
         assert (done.code, done.traceback) == (0, False), done.err
     assert statuses(folder / "joined").items() >= {("mine", "MultiClassMask-grey matter", "Saliency"): "ok"}.items()
-    sidecar.write_text("[]")
+    sidecar.write_text("[]", encoding="utf-8")
     report = command("report", out)
     assert report.code == 1
     assert "is no record of a map" in report.errors[0], report.err
@@ -107,7 +107,7 @@ def _leads(make: Callable[[Path, Path, Path], str], text: str) -> Callable[[Path
         record["map_sha256"] = json.loads(other.with_name(f"{other.name[:-7]}.json").read_text(encoding="utf-8"))[
             "map_sha256"
         ]
-        sidecar.write_text(json.dumps(record))
+        sidecar.write_text(json.dumps(record), encoding="utf-8")
         return named(folder, text)
 
     return check

@@ -210,7 +210,7 @@ def test_a_crash_between_writing_and_renaming_leaves_the_old_map(
 
 def test_unwritable_output_is_a_usage_error(tmp_path: Path) -> None:
     grid = Grid.of(scan_file(tmp_path / "scan.nii", (4, 5, 6)))
-    (tmp_path / "out").write_text("")
+    (tmp_path / "out").write_text("", encoding="utf-8")
     with pytest.raises(UsageError, match=r"cannot write .*out.map.nii"):
         save_map(tmp_path / "out" / "map.nii", values(1, 4, 5, 6), grid, method="Saliency")
 
@@ -282,7 +282,7 @@ def test_damage_is_noticed(finished: Path) -> None:
     assert is_complete(finished, KEY)
     failed = whole_record.replace('"status": "ok"', '"status": "failed"')
     for text in (whole_record[:50], "", "[]", "null", failed, whole_record.replace("map_sha256", "another_key")):
-        sidecar.write_text(text)
+        sidecar.write_text(text, encoding="utf-8")
         assert not is_complete(finished, KEY)
     sidecar.unlink()
     assert not is_complete(finished, KEY)

@@ -105,7 +105,7 @@ def test_earlier_failures_do_not_count_and_unreadable_cases_recover(tmp_path: Pa
 
 def test_a_damaged_record_is_moved_away_and_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for content in ('{"results": [', '{"results": 3}', "[]"):
-        (tmp_path / "run.json").write_text(content)
+        (tmp_path / "run.json").write_text(content, encoding="utf-8")
         for journal in tmp_path.glob("run*.jsonl"):
             journal.unlink()
         with caplog.at_level(logging.WARNING), RunRecord(tmp_path) as run:
@@ -117,7 +117,7 @@ def test_a_damaged_record_is_moved_away_and_reported(tmp_path: Path, caplog: pyt
 
 
 def test_unwritable_folder_fails_at_once(tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("")
+    (tmp_path / "out").write_text("", encoding="utf-8")
     with pytest.raises(UsageError, match="cannot write"):
         RunRecord(tmp_path / "out")
 
@@ -213,7 +213,7 @@ def test_a_removed_folder_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OutputLost, match="was removed or replaced during the run"):
         run.set("b", "t", "M", "ok")
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "run.jsonl").write_text("")  # another run begins in its place
+    (tmp_path / "out" / "run.jsonl").write_text("", encoding="utf-8")  # another run begins in its place
     with pytest.raises(OutputLost):
         run.__exit__(None, None, None)
     assert not (tmp_path / "out" / "run.json").exists()

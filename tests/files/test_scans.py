@@ -90,8 +90,14 @@ def colour(path: Path) -> None:
 BAD: list[tuple[str, str, Callable[[Path], Any], dict[str, int], str]] = [
     ("missing", "a.nii.gz", lambda p: None, {}, "no such file"),
     ("empty", "a.nii.gz", lambda p: p.write_bytes(b""), {}, "the file is empty"),
-    ("text", "a.nii.gz", lambda p: p.write_text("hello, this is no NIfTI file at all"), {}, "no readable NIfTI"),
-    ("text, long", "a.nii", lambda p: p.write_text("hello " * 200), {}, "no readable NIfTI"),
+    (
+        "text",
+        "a.nii.gz",
+        lambda p: p.write_text("hello, this is no NIfTI file at all", encoding="utf-8"),
+        {},
+        "no readable NIfTI",
+    ),
+    ("text, long", "a.nii", lambda p: p.write_text("hello " * 200, encoding="utf-8"), {}, "no readable NIfTI"),
     ("cut gz", "a.nii.gz", lambda p: cut(nifti(p, voxels(16, 16, 16))), {}, "truncated"),
     ("cut nii", "a.nii", lambda p: cut(nifti(p, voxels(16, 16, 16))), {}, "truncated"),
     ("cut header", "a.nii.gz", lambda p: p.write_bytes(nifti(p, voxels(8, 8, 8)).read_bytes()[:40]), {}, "NIfTI"),
@@ -107,8 +113,8 @@ BAD: list[tuple[str, str, Callable[[Path], Any], dict[str, int], str]] = [
     ("colour", "a.nii.gz", colour, {}, "not grey values"),
     ("complex", "a.nii", lambda p: nifti(p, voxels(3, 3, 3).astype(np.complex64)), {}, "complex64 are not grey values"),
     ("cut png", "a.png", cut_png, {}, "cannot be read"),
-    ("cut nrrd", "a.nrrd", lambda p: p.write_text("NRRD0004\ntype: float\n"), {}, "cannot be read"),
-    ("unknown", "a.xyz", lambda p: p.write_text("?"), {}, "cannot be read"),
+    ("cut nrrd", "a.nrrd", lambda p: p.write_text("NRRD0004\ntype: float\n", encoding="utf-8"), {}, "cannot be read"),
+    ("unknown", "a.xyz", lambda p: p.write_text("?", encoding="utf-8"), {}, "cannot be read"),
     ("no DICOM", "folder", lambda p: p.mkdir(), {}, "holds 0 DICOM series"),
 ]
 
@@ -227,7 +233,7 @@ def test_a_dicom_folder_is_one_scan_and_two_series_are_refused(tmp_path: Path) -
 
 def test_without_itk_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "itk", None)
-    (tmp_path / "a.mha").write_text("ObjectType = Image")
+    (tmp_path / "a.mha").write_text("ObjectType = Image", encoding="utf-8")
     (tmp_path / "dicom").mkdir()
     for name, what in (("a.mha", r"a \.mha file"), ("dicom", "a DICOM folder")):
         with pytest.raises(InputError, match=rf'{what} needs ITK: pip install "esegeta-monai\[itk\]"'):

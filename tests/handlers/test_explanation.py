@@ -442,7 +442,7 @@ def test_a_full_disk_ends_no_training(
 def test_a_folder_that_cannot_be_made_later_ends_no_training(
     scans: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    (tmp_path / "epoch2").write_text("a file")
+    (tmp_path / "epoch2").write_text("a file", encoding="utf-8")
     training = trainer(scans[:1], Small(), 3)
     handler(f"{tmp_path}/epoch{{epoch}}", targets=CORNER).attach(training)
     training.run()

@@ -75,7 +75,7 @@ class PipelineCase(OddCase):
             )
             info = metadata()
             info["network_data_format"]["inputs"]["image"]["spatial_shape"] = [SIZE] * self.dims
-            (bundle / "configs" / "metadata.json").write_text(json.dumps(info))
+            (bundle / "configs" / "metadata.json").write_text(json.dumps(info), encoding="utf-8")
             torch.save(self.odd().state_dict(), bundle / "models" / "model.pt")
             scan = make_scan(root / "scan.nii.gz", self.shape)
             words = ["explain", "--bundle", bundle, "--input", scan, "--output", root / "out", "--no-pictures"]

@@ -33,7 +33,7 @@ def test_the_spread_is_written_beside_the_map(tmp_path: Path) -> None:
     folder = ensemble(tmp_path)
     write_scan(tmp_path)
     splits = [{"train": ["scan"], "val": []}, {"train": [], "val": ["scan"]}]
-    (folder / "splits_final.json").write_text(json.dumps(splits))
+    (folder / "splits_final.json").write_text(json.dumps(splits), encoding="utf-8")
     for name in ("fold_0", "fold_1"):
         (folder / name).mkdir()
     records = explain(tmp_path, "--agreement", "--report")
@@ -97,5 +97,7 @@ def test_a_report_of_an_edited_record_is_written(tmp_path: Path, damage: Any) ->
     write_scan(tmp_path)
     explain(tmp_path, "--agreement")
     for sidecar in (tmp_path / "maps").rglob("*_attr.json"):
-        sidecar.write_text(json.dumps({**json.loads(sidecar.read_text(encoding="utf-8")), "agreement": damage}))
+        sidecar.write_text(
+            json.dumps({**json.loads(sidecar.read_text(encoding="utf-8")), "agreement": damage}), encoding="utf-8"
+        )
     assert main(["report", str(tmp_path / "maps")]) == 0

@@ -202,9 +202,9 @@ def test_whatever_decides_computes_again(image: MetaTensor, scan: Path, tmp_path
     whole = json.loads(sidecar.read_text(encoding="utf-8"))
     for field in (*DECIDES, "bundle", "case", "scan_sha256"):
         for changed in ({**whole, field: "other"}, {k: v for k, v in whole.items() if k != field}):
-            sidecar.write_text(json.dumps(changed))
+            sidecar.write_text(json.dumps(changed), encoding="utf-8")
             assert not writer.is_done(waiting, "alpha", scan), field
-    sidecar.write_text(json.dumps(whole))
+    sidecar.write_text(json.dumps(whole), encoding="utf-8")
     assert writer.is_done(waiting, "alpha", scan)
 
 
@@ -219,7 +219,7 @@ def test_what_is_not_whole_is_computed_again(image: MetaTensor, tmp_path: Path, 
     elif damage == "no sidecar":
         sidecar.unlink()
     elif damage == "sidecar cut":
-        sidecar.write_text(sidecar.read_text(encoding="utf-8")[:100])
+        sidecar.write_text(sidecar.read_text(encoding="utf-8")[:100], encoding="utf-8")
     more = {"provenance": {"weights_sha256": "others"}} if damage == "another provenance" else {}
     assert [e["status"] for e in entries(explain(tmp_path, image, **more))] == ["ok"]
     assert np.isfinite(np.asarray(nib.load(path).dataobj)).all()
@@ -351,7 +351,7 @@ def test_flat_layout_and_plain_nifti(image: MetaTensor, tmp_path: Path) -> None:
 
 
 def test_unwritable_folders_are_refused_at_once(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("in the way")
+    (tmp_path / "file").write_text("in the way", encoding="utf-8")
     with pytest.raises(UsageError, match="cannot write"):
         ResultWriter(tmp_path / "file" / "out", [Saliency()], [])
 

@@ -75,8 +75,8 @@ def make_bundle(folder: Path, channels: int = 1, weights: bool = True, **changes
     (folder / "models").mkdir()
     definition = {**NETWORK, "in_channels": channels}
     changes.setdefault("network_def", definition)
-    (folder / "configs" / "inference.json").write_text(json.dumps(config(**changes)))
-    (folder / "configs" / "metadata.json").write_text(json.dumps(metadata(channels)))
+    (folder / "configs" / "inference.json").write_text(json.dumps(config(**changes)), encoding="utf-8")
+    (folder / "configs" / "metadata.json").write_text(json.dumps(metadata(channels)), encoding="utf-8")
     if weights:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(3)

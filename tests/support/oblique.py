@@ -129,7 +129,7 @@ def write(folder: Path, content: dict[str, Any], *, weights: nn.Module | None = 
     """The bundle."""
     (folder / "configs").mkdir(parents=True, exist_ok=True)
     (folder / "models").mkdir(exist_ok=True)
-    (folder / "configs" / "inference.json").write_text(json.dumps(content))
-    (folder / "configs" / "metadata.json").write_text(json.dumps(METADATA))
+    (folder / "configs" / "inference.json").write_text(json.dumps(content), encoding="utf-8")
+    (folder / "configs" / "metadata.json").write_text(json.dumps(METADATA), encoding="utf-8")
     torch.save((weights or network()).state_dict(), folder / "models" / "model.pt")
     return folder

@@ -46,14 +46,14 @@ def write(
     (folder / "configs").mkdir(parents=True)
     (folder / "models").mkdir()
     text = json.dumps(config) if name.endswith("json") else yaml.safe_dump(config, sort_keys=False)
-    (folder / "configs" / name).write_text(text)
+    (folder / "configs" / name).write_text(text, encoding="utf-8")
     if metadata is not None:
-        (folder / "configs" / "metadata.json").write_text(json.dumps(metadata))
+        (folder / "configs" / "metadata.json").write_text(json.dumps(metadata), encoding="utf-8")
     if weights is not None:
         torch.save(network().state_dict() if weights == "plain" else weights, folder / "models" / "model.pt")
     for file, source in (scripts or {}).items():
         (folder / "scripts").mkdir(exist_ok=True)
-        (folder / "scripts" / file).write_text(source)
+        (folder / "scripts" / file).write_text(source, encoding="utf-8")
     return folder
 
 

@@ -26,11 +26,11 @@ from esegeta_monai.utils.files import (
 
 def test_an_interrupted_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     path = tmp_path / "map.txt"
-    path.write_text("old")
+    path.write_text("old", encoding="utf-8")
 
     def interrupted() -> None:
         with atomic(path) as temporary:
-            temporary.write_text("half")
+            temporary.write_text("half", encoding="utf-8")
             assert temporary.parent == path.parent  # another file system could not rename atomically
             raise KeyboardInterrupt
 
@@ -47,7 +47,7 @@ def test_death_between_write_and_rename_leaves_nothing_under_the_final_name(tmp_
     if child == 0:
         os.replace = lambda *_: os._exit(9)  # type: ignore[assignment]
         with atomic(path) as temporary:
-            temporary.write_text("whole but not yet renamed")
+            temporary.write_text("whole but not yet renamed", encoding="utf-8")
         os._exit(0)
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 9
@@ -55,7 +55,7 @@ def test_death_between_write_and_rename_leaves_nothing_under_the_final_name(tmp_
     (leftover,) = path.parent.iterdir()
     assert leftover.name.startswith(".tmp-")
     with atomic(path) as temporary:
-        temporary.write_text("second run")
+        temporary.write_text("second run", encoding="utf-8")
     assert path.read_text(encoding="utf-8") == "second run"
 
 
@@ -76,13 +76,13 @@ def test_data_reaches_the_disk_before_the_name_and_the_folder_after(
     monkeypatch.setattr(os, "fsync", note_fsync)
     monkeypatch.setattr(os, "replace", note_replace)
     with atomic(tmp_path / "a.txt") as temporary:
-        temporary.write_text("x")
+        temporary.write_text("x", encoding="utf-8")
     assert events == ["file", "rename", "folder"]
 
 
 def test_unwritable_folder_is_named(tmp_path: Path) -> None:
     blocker = tmp_path / "results"
-    blocker.write_text("a file where a folder should be")
+    blocker.write_text("a file where a folder should be", encoding="utf-8")
     for attempt in (lambda: writable_folder(blocker / "out"), lambda: write_json(blocker / "out" / "a.json", {})):
         with pytest.raises(UsageError, match=r"cannot write .*results.out.*choose another output folder"):
             attempt()

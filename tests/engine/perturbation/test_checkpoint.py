@@ -120,7 +120,7 @@ def test_a_table_that_cannot_be_right_is_named_and_not_used(damage, tmp_path, of
     if damage == "cut":
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     elif damage == "text":
-        path.write_text("not a table")
+        path.write_text("not a table", encoding="utf-8")
     else:
         with np.load(path) as file:
             parts = dict(file)

@@ -60,7 +60,7 @@ def evaluated(out: Path, case: str) -> None:
         for metric in ("deletion", "insertion")
         for method, slope in (("Saliency", 0.9), ("GradCam", 0.3), ("control:random", 0.5))
     ]
-    (own / f"{safe_name(case)}_metrics.json").write_text(json.dumps({"curves": curves}))
+    (own / f"{safe_name(case)}_metrics.json").write_text(json.dumps({"curves": curves}), encoding="utf-8")
     with open(own / f"{safe_name(case)}_regions.csv", "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows(
             [
@@ -77,7 +77,7 @@ def one_map(out: Path, values: np.ndarray, affine: np.ndarray, **record: object)
     nib.save(nib.Nifti1Image(values, affine), out / "a" / "a_t_Saliency_attr.nii.gz")
     sidecar = {"case": "a", "method": "Saliency", "method_name": "Saliency", "target_name": "t", "status": "ok"}
     sidecar |= {"map": "a_t_Saliency_attr.nii.gz", "signed": True, **record}
-    (out / "a" / "a_t_Saliency_attr.json").write_text(json.dumps(sidecar))
+    (out / "a" / "a_t_Saliency_attr.json").write_text(json.dumps(sidecar), encoding="utf-8")
     sign(out / "a" / "a_t_Saliency_attr")
 
 

@@ -316,7 +316,9 @@ def test_a_hostile_case_name_is_only_text(browser: Any, folder: Path) -> None:
 def test_hostile_names_of_everything(browser: Any, tmp_path: Path) -> None:
     evil = '</script><script>document.title = "taken"</script><img src="x" onerror="document.title = \'taken\'">'
     entry = {"case": evil, "target": evil, "method": evil, "status": "failed", "reason": evil, "traceback": evil}
-    (tmp_path / "run.json").write_text(json.dumps({"results": [entry], "bundle": evil, "versions": {evil: evil}}))
+    (tmp_path / "run.json").write_text(
+        json.dumps({"results": [entry], "bundle": evil, "versions": {evil: evil}}), encoding="utf-8"
+    )
     (path,) = write_report(tmp_path).cases.values()
     for file in (path, tmp_path / "index.html"):
         reader = Reader(browser, file)
@@ -330,7 +332,7 @@ def test_hostile_names_of_everything(browser: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("width", [1280, 800])
 def test_a_long_name_leaves_the_other_columns_of_the_index_in_sight(browser: Any, tmp_path: Path, width: int) -> None:
     entry = {"case": "a" * 150, "target": None, "method": None, "status": "failed", "reason": "no scan"}
-    (tmp_path / "run.json").write_text(json.dumps({"results": [entry]}))
+    (tmp_path / "run.json").write_text(json.dumps({"results": [entry]}), encoding="utf-8")
     reader = Reader(browser, write_report(tmp_path).index, width)
     try:
         wide, seen = reader.page.evaluate(
@@ -419,7 +421,7 @@ def lesion(tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
         record |= {"units": "target per voxel", "target": target.split("-")[0], "class": target.split("-")[1], **more}
         record["display"] = {"mask": "a_lesion_mask.nii.gz"}
-        (out / f"a/a_{name}_attr.json").write_text(json.dumps(record))
+        (out / f"a/a_{name}_attr.json").write_text(json.dumps(record), encoding="utf-8")
         sign(out / f"a/a_{name}_attr")
     write_report(out)
     return out

@@ -127,7 +127,7 @@ def test_a_hostile_name_stays_text(folder: Path, text: str) -> None:
     out = folder.parent / "hostile"
     out.mkdir()
     (out / "run.json").write_text(
-        json.dumps({"results": [{**entry, "status": "failed", "reason": "<i>", "traceback": "<u>"}]})
+        json.dumps({"results": [{**entry, "status": "failed", "reason": "<i>", "traceback": "<u>"}]}), encoding="utf-8"
     )
     (path,) = write_report(out).cases.values()
     content = path.read_text(encoding="utf-8")
@@ -230,7 +230,7 @@ def test_of_many_channels_the_same_are_shown_of_every_map_and_of_the_scan_under_
     nib.save(nib.Nifti1Image(other, np.eye(4)), own / "a_t_GradCam_attr.nii.gz")
     record = json.loads((own / "a_t_Saliency_attr.json").read_text(encoding="utf-8"))
     record |= {"method": "GradCam", "method_name": "GradCam", "map": "a_t_GradCam_attr.nii.gz"}
-    (own / "a_t_GradCam_attr.json").write_text(json.dumps(record))
+    (own / "a_t_GradCam_attr.json").write_text(json.dumps(record), encoding="utf-8")
     sign(own / "a_t_GradCam_attr")
     scan = np.ones((*shape, 12), np.uint8) * np.arange(100, 112, dtype=np.uint8)
     nib.save(nib.Nifti1Image(scan, np.eye(4)), own / "a_scan.nii.gz")

@@ -75,7 +75,7 @@ def test_an_unreadable_table_is_reported(out: Path, file: str, content: bytes, t
 @pytest.mark.parametrize("content", ["{", "[1, 2]", '"a"', '{"regions": [1]}'])
 def test_regions_from_json_that_is_none(out: Path, content: str) -> None:
     (out / REGIONS).unlink()
-    (out / REGIONS).with_suffix(".json").write_text(content)
+    (out / REGIONS).with_suffix(".json").write_text(content, encoding="utf-8")
     assert "Before you trust the maps" in report_text(out)
 
 
@@ -195,7 +195,7 @@ def test_links_out_of_the_folder_are_not_read(out: Path, tmp_path: Path, file: s
 @pytest.mark.parametrize("file", ["run.json", "run.jsonl"])
 def test_a_record_that_is_a_link_is_not_read(tmp_path: Path, file: str) -> None:
     entry = {"case": "Jane Doe", "target": None, "method": None, "status": "failed", "reason": "x"}
-    (tmp_path / "other").write_text(json.dumps({"results": [entry]} if file == "run.json" else entry))
+    (tmp_path / "other").write_text(json.dumps({"results": [entry]} if file == "run.json" else entry), encoding="utf-8")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / file).symlink_to(tmp_path / "other")
     with pytest.raises(UsageError, match=r"has neither a run\.json nor maps"):
@@ -204,7 +204,7 @@ def test_a_record_that_is_a_link_is_not_read(tmp_path: Path, file: str) -> None:
 
 def test_curves_of_any_size_are_drawn(out: Path) -> None:
     curves = [{"target": "t", "method": "m", "metric": f"c{n}", "x": [0, 1], "y": y} for n, y in enumerate(CURVES)]
-    (out / "sub-01" / "sub-01_metrics.json").write_text(json.dumps({"curves": curves}))
+    (out / "sub-01" / "sub-01_metrics.json").write_text(json.dumps({"curves": curves}), encoding="utf-8")
     page = write_report(out).cases["sub-01"].read_text(encoding="utf-8")
     assert page.count("<polyline") == len(CURVES)
     assert ">0</text>" in page
