@@ -71,7 +71,7 @@ def many_random(dims: int, pooled: bool, where: str):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dims", "pooled"), [(2, True)], ids=IDS[:1])
+@pytest.mark.parametrize(("dims", "pooled"), SETTINGS, ids=IDS)
 @pytest.mark.parametrize("statistic", ["share", "mean"])
 @pytest.mark.parametrize("where", ["mask", "everywhere"])
 def test_random_concepts_are_significant_as_often_as_stated(dims, pooled, statistic, where):
