@@ -107,6 +107,7 @@ class Evaluator:
         metrics: instances, names or configs; ``"quick"``, ``"full"`` or ``"all"``, see
             `esegeta_monai.explain.metric_choice`; None: ``"quick"``.
         with_controls: evaluate control maps as well; without them, ``beats_controls`` is None.
+        tell_costs: log the estimated cost of each case before it is evaluated, for which a batch of windows is timed.
         outside_alarm: share of a map outside the body, 0 to 1, above which a region table raises an alarm.
 
     Raises:
@@ -119,9 +120,11 @@ class Evaluator:
         metrics: Any = None,
         *,
         with_controls: bool = True,
+        tell_costs: bool = True,
         outside_alarm: float = OUTSIDE_ALARM,
     ) -> None:
         self.explainer, self.outside_alarm = explainer, alarm_share(outside_alarm)
+        self.tell_costs = flag("tell_costs", tell_costs)
         self.metrics, self.with_controls = chosen_metrics(metrics), flag("with_controls", with_controls)
 
     def __call__(
@@ -236,8 +239,8 @@ class Evaluator:
     ) -> None:
         control_methods: list[Method] = list(controls()) if self.with_controls else []
         metrics = metrics_for(self.metrics, label=case.label is not None)
-        cost = self._cost(case.objective, methods, metrics, given=maps is not None)
-        logger.info("evaluation: %s", cost)
+        if self.tell_costs:
+            logger.info("evaluation: %s", self._cost(case.objective, methods, metrics, given=maps is not None))
         all_names = [*map(case.names.method, methods), *(str(c.name) for c in control_methods)]
         judged_methods = [*methods, *control_methods]
         computed = case.explain(

@@ -86,7 +86,8 @@ def cost_of_evaluation(
     changed = (predictions + bool(predictions)) * windows
     once, seconds_once = _explanation(methods, objective)
     first, seconds_first = _explanation(computed, objective)
-    seconds = _seconds_of_a_pass(objective) * (changed + explanations * seconds_once + seconds_first)
+    work = changed + explanations * seconds_once + seconds_first
+    seconds = _seconds_of_a_pass(objective) * work if work else 0.0
     unknown = tuple(name for name, cost in costs.items() if cost is None)
     return EvaluationCost(targets, maps * targets, len(metrics), first, changed + explanations * once, seconds, unknown)
 

@@ -175,7 +175,11 @@ class EvaluationHandler(CaseHandler):
         assert self.writer is not None
         assert self._explainer is not None
         evaluator = Evaluator(
-            self._explainer, self.metrics, with_controls=self.controls, outside_alarm=self.outside_alarm
+            self._explainer,
+            self.metrics,
+            with_controls=self.controls,
+            outside_alarm=self.outside_alarm,
+            tell_costs=False,  # no pass besides those that the metrics need
         )
         self.writer.provenance["weights_sha256"] = self._weights
         masks, problems = self._masks(image, data)

@@ -86,6 +86,6 @@ def test_files_that_differ_are_refused_and_nothing_is_written(tmp_path: Path) ->
 
 def test_folders_without_results_are_refused(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(UsageError, match=r"has neither a run\.json nor a metrics\.csv"):
+        with pytest.raises(UsageError, match=r"has no results and no metrics\.csv"):
             merge_runs(folder)
     assert read_run(tmp_path).results == []

@@ -44,16 +44,21 @@ class _OneByOne(Method):
         return False  # the default layer, whose grid decides, is chosen in the run
 
     def passes(self, objective: Objective) -> int:
-        """Estimate two passes per feature and window that holds it, once per replacement."""
+        """Estimate the passes: for each feature, window that has it, and replacement, those with and without it."""
         features = None if self._of_channels else self._features(objective)
         windows = len(objective.windows)
         if features is None:  # 64 channels where the layer is not known
-            return 2 * self._rounds * windows * self._channel_count(objective)
+            return self._passes_of_one * self._rounds * windows * self._channel_count(objective)
         share = sum(_touches(objective, features, w).sum() for w in objective.windows)
-        return 2 * self._rounds * int(share)
+        return self._passes_of_one * self._rounds * int(share)
 
     def _channel_count(self, objective: Objective) -> int:
         return 64 if self.layer is None else only_frame(objective, self.layer).grid[0]
+
+    @property
+    def _passes_of_one(self) -> int:
+        """Window passes for one feature and replacement: with the feature and without it."""
+        return 2
 
     @property
     def _of_channels(self) -> bool:
@@ -201,6 +206,11 @@ class LayerFeaturePermutation(_OneByOne):
                 f"LayerFeaturePermutation exchanges features between cases, but cases has {len(self.cases)} entries: "
                 "give at least two files or tensors, or use LayerFeatureAblation, which needs none"
             )
+
+    @property
+    def _passes_of_one(self) -> int:
+        """With the feature, without it, and the other case."""
+        return 3
 
     @property
     def _rounds(self) -> int:
