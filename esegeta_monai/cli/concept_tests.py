@@ -28,7 +28,7 @@ from esegeta_monai.output.report.found_concepts import FoundEntry, part_entry, w
 from esegeta_monai.output.report.tested_concepts import write_tests
 from esegeta_monai.targets.base import Target
 
-__all__ = ["find", "named_paths", "test"]
+__all__ = ["batch_of", "failures", "find", "named_paths", "test"]
 
 logger = logging.getLogger("esegeta_monai")
 
@@ -101,7 +101,7 @@ def test(
             )
         )
 
-    each_case(every, see, _failed(problems), log)
+    each_case(every, see, failures(problems), log)
     examples = []
     for layer in dict.fromkeys(row.layer for row in rows):
         here = [row for row in rows if row.layer == layer]
@@ -144,22 +144,19 @@ def find(
     units: list[CaseUnits] = []
     problems: list[str] = []
 
-    def batch(case: ScanCase) -> tuple[MetaTensor, dict[str, Any]]:
-        image, data = preprocess(case)[1:]
-        return MetaTensor(image.as_tensor()[None], affine=image.affine), reader.case_arguments(image, data)
-
     def see(case: ScanCase) -> None:
-        image, inputs = batch(case)
+        image, inputs = batch_of(case, preprocess, reader)
         layer = args.layer[0] if args.layer else None
         units.append(case_units(explainer, image, case.name, targets, layer, args.units, **inputs))
 
-    each_case(cases, see, _failed(problems), log)
+    each_case(cases, see, failures(problems), log)
     concepts = find_concepts(units, args.find, args.concepts, seed=explainer.settings.seed)
     entries = []
     for concept in concepts:
         order = sorted(units, key=lambda u: -float(np.max(concept.strength[u.case], initial=0)))
         best = [u for u in order if concept.strength[u.case].max(initial=0) > 0][: args.regions]
-        parts = [part_entry(concept, unit, batch(scans[unit.case])[0], Path(args.output)) for unit in best]
+        images = (batch_of(scans[unit.case], preprocess, reader)[0] for unit in best)  # one in memory
+        parts = [part_entry(concept, unit, image, Path(args.output)) for unit, image in zip(best, images)]
         entries.append(FoundEntry(concept, units[0].layer, parts))
     page = write_found(Path(args.output), args.find, entries)
     if not args.quiet:
@@ -169,7 +166,15 @@ def find(
     return int(bool(problems))
 
 
-def _failed(problems: list[str]) -> Callable[[str, Exception], None]:
+def batch_of(case: ScanCase, preprocess: Preprocessor, reader: BundleReader) -> tuple[MetaTensor, dict[str, Any]]:
+    """Return the preprocessed image (1, C, *spatial) and the further arguments of an explanation of a case."""
+    image, data = preprocess(case)[1:]
+    return MetaTensor(image.as_tensor()[None], affine=image.affine), reader.case_arguments(image, data)
+
+
+def failures(problems: list[str]) -> Callable[[str, Exception], None]:
+    """Return a function that logs the error of a case and adds it to ``problems``."""
+
     def failed(case: str, error: Exception) -> None:
         problems.append(f"{case}: {error}")
         logger.error("%s: %s", case, error)

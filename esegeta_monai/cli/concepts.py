@@ -3,12 +3,8 @@
 
 from __future__ import annotations
 
-import logging
 from argparse import Namespace
 from pathlib import Path
-from typing import Any
-
-from monai.data import MetaTensor
 
 import esegeta_monai.files as storage
 from esegeta_monai.cli import concept_tests
@@ -23,8 +19,6 @@ from esegeta_monai.output.report.concepts import ChannelEntry, RegionEntry, regi
 from esegeta_monai.targets.base import TARGETS
 
 __all__ = ["run"]
-
-logger = logging.getLogger("esegeta_monai")
 
 
 def run(args: Namespace, log: RunLog) -> int:
@@ -57,19 +51,11 @@ def run(args: Namespace, log: RunLog) -> int:
     scans: dict[str, ScanCase] = {case.name: case for case in cases}
     problems: list[str] = []
 
-    def batch(case: ScanCase) -> tuple[MetaTensor, dict[str, Any]]:
-        image, data = preprocess(case)[1:]
-        return MetaTensor(image.as_tensor()[None], affine=image.affine), reader.case_arguments(image, data)
-
     def see(case: ScanCase) -> None:
-        image, inputs = batch(case)
+        image, inputs = concept_tests.batch_of(case, preprocess, reader)
         entries.extend(case_concepts(explainer, image, case.name, targets, layer, **inputs))
 
-    def failed(case: str, error: Exception) -> None:
-        problems.append(f"{case}: {error}")
-        logger.error("%s: %s", case, error)
-
-    each_case(cases, see, failed, log)
+    each_case(cases, see, concept_tests.failures(problems), log)
     if not entries:
         raise UsageError("no scan has a voxel of the target, so no channel is relevant: give other scans or --target")
     rows: list[ChannelEntry] = []
@@ -79,7 +65,7 @@ def run(args: Namespace, log: RunLog) -> int:
             best = sorted(alike, key=lambda e: -float(e.share[channel]))[: args.regions]
             shown: list[RegionEntry] = []
             for entry in best:
-                image, inputs = batch(scans[entry.case])
+                image, inputs = concept_tests.batch_of(scans[entry.case], preprocess, reader)
                 region = channel_region(explainer, image, targets, entry, channel, **inputs)
                 shown.append(region_entry(region, image, output))
             rows.append(ChannelEntry(name, alike[0].layer, channel, share, len(alike), shown))

@@ -18,6 +18,7 @@ __all__ = [
     "CHECKPOINT",
     "PROPERTIES",
     "check_single",
+    "imported",
     "is_nnunet_folder",
     "nnunet_module",
     "read_checkpoint",
@@ -63,11 +64,26 @@ def nnunet_module(module: str) -> Any:
     Raises:
         UsageError: it is not installed.
     """
+    return imported(module, "nnU-Net folders", "nnunetv2", "nnunet")
+
+
+def imported(module: str, need: str, package: str, extra: str) -> Any:
+    """Import a module of an optional package.
+
+    Args:
+        module: its name.
+        need: what needs the package, in words.
+        package: name of the package.
+        extra: the extra of this package that installs it.
+
+    Raises:
+        UsageError: it is not installed.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:
         raise UsageError(
-            f"nnU-Net folders need the package nnunetv2 ({error}): pip install 'esegeta-monai[nnunet]'"
+            f"{need} need the package {package} ({error}): pip install 'esegeta-monai[{extra}]'"
         ) from error
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import os
 from collections.abc import Iterable, Iterator
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from esegeta_monai.bundle.nnunet.files import imported
 from esegeta_monai.errors import UsageError
 
 __all__ = ["Mode", "PartModel", "TotalSegmentatorTask", "totalsegmentator_module"]
@@ -34,13 +34,7 @@ def totalsegmentator_module(module: str) -> Any:
     Raises:
         UsageError: it is not installed.
     """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UsageError(
-            f"tasks of TotalSegmentator need the package TotalSegmentator ({error}): "
-            "pip install 'esegeta-monai[totalsegmentator]'"
-        ) from error
+    return imported(module, "tasks of TotalSegmentator", "TotalSegmentator", "totalsegmentator")
 
 
 @dataclass(frozen=True)

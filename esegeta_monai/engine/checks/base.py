@@ -155,8 +155,6 @@ def small_sample(model: Model, image: Tensor, plan: WindowPlan, condition: Tenso
     window = plan.cut(image, number)
     fixed = plan.with_coord or condition is not None or model.args or model.kwargs or model.inferer is not None
     for edge, last in () if fixed else itertools.product(EDGES, (1, 2)):
-        if all(n <= edge for n in window.shape[1:]):
-            break
         part = _centre(window, [*[edge] * (window.ndim - 2), last * edge])[None].to(model.device)
         if part.shape[1:] == window.shape:
             break

@@ -94,6 +94,7 @@ class DeclaredAxes:
             made: list[Part] = []
             for name, size in parts:
                 plain = name.lstrip("-")
+                # an axis of length 1 is a second factor of the channels
                 source = SPATIAL.index(plain) if plain in SPATIAL else ROWS if plain == "n" else None
                 if name != plain and source is not None:
                     flips.append(source)
@@ -108,9 +109,6 @@ class DeclaredAxes:
                 raise UsageError(f"{says} its shape {tuple(shape)}: axis {i} has {shape[i - 1]} entries, not {length}")
             axes.append(Axis(tuple(made), before, after))
             roles.append(tuple(at))
-        single = [i for i, (_, parts, _) in enumerate(self._axes) if parts[0][0] == "1"]
-        for i in single:  # an axis of length 1 is a second factor of the channels
-            roles[i] = (None,)
         return Frame(tuple(axes), tuple(roles), channel, tuple(sorted(flips)), (), dims)
 
     def apply(self, traced: TracedLayer, dims: int) -> TracedLayer:
