@@ -125,7 +125,7 @@ def _called(loss: Any) -> Callable[[Tensor, Tensor], Tensor]:
         raise UsageError(f"the loss of the training config is a {type(loss).__name__}, no function: give --loss JSON")
     if isinstance(loss, torch.nn.Module):
         loss.eval()
-    return loss  # type: ignore[no-any-return]
+    return loss
 
 
 def _sizes(roi: Any, training: Sequence[ScanCase], reader: BundleReader) -> list[int] | None:
@@ -154,7 +154,7 @@ def _classes(path: Path) -> dict[str, int]:
     """Read the table of classes: columns case and label."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
-            columns, rows = plain_rows(file)
+            _, rows = plain_rows(file)
         labels = {str(row["case"]).strip(): int(str(row["label"])) for row in rows}
     except (OSError, UnicodeDecodeError, csv.Error, KeyError, ValueError) as error:
         raise UsageError(

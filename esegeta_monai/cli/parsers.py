@@ -398,10 +398,8 @@ def add_influence(parser: ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR", help="output folder; created if missing")
     parser.add_argument("--target", metavar="TARGET", help="target (default: every predicted class except background)")
     parser.add_argument("--train-config", metavar="FILE", help="config with the loss (default: configs/train.json)")
-    parser.add_argument("--loss", metavar="JSON", help="the training loss, such as '{\"_target_\": \"DiceCELoss\", ...}'")
-    parser.add_argument(
-        "--method", choices=("TracIn", "TRAK"), default="TracIn", help="method (default: %(default)s)"
-    )
+    parser.add_argument("--loss", metavar="JSON", help='the training loss, such as \'{"_target_": "DiceCELoss", ...}\'')
+    parser.add_argument("--method", choices=("TracIn", "TRAK"), default="TracIn", help="method (default: %(default)s)")
     parser.add_argument(
         "--form", choices=("cosine", "dot"), default="cosine",
         help="TracIn: cosine of the two gradients, or their product times the learning rate (default: %(default)s)",

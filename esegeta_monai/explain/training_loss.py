@@ -95,7 +95,9 @@ class TrainingLoss:
         dims = image.ndim - 1
         given = (-1,) * dims if self.patch_size is None else tuple(self.patch_size)
         if len(given) != dims:
-            raise UsageError(f"a patch of {given} does not fit {case.name} of {tuple(image.shape[1:])}: give {dims} axes")
+            raise UsageError(
+                f"a patch of {given} does not fit {case.name} of {tuple(image.shape[1:])}: give {dims} axes"
+            )
         size = list(fall_back_tuple(given, image.shape[1:], lambda n: n is not None and n > 0))
         if slice_axis is not None:
             size[slice_axis] = 1
@@ -105,7 +107,8 @@ class TrainingLoss:
         if len(places) > self.patches:
             rng = np.random.default_rng([self.seed, zlib.crc32(case.name.encode())])
             places = [places[i] for i in sorted(rng.choice(len(places), self.patches, replace=False))]
-        return [(image[(None, slice(None), *p)], label[(None, slice(None), *p)]) for p in places]
+        indices = [(None, slice(None), *place) for place in places]
+        return [(image[at], label[at]) for at in indices]
 
     def gradient(
         self, model: Model, parameters: Sequence[nn.Parameter], case: TrainingCase, slice_axis: int | None = None

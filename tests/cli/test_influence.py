@@ -67,8 +67,13 @@ def test_table_equals_the_function_and_the_page_shows_the_cases(place, capsys):
     cases = []
     for name in "abc":
         label = nib.load(place / "labels" / f"{name}_seg.nii.gz").get_fdata()
-        cases.append(TrainingCase(name, read(place / "scans" / f"{name}.nii.gz").as_tensor(), torch.from_numpy(label[None])))
-    states = [torch.load(place / "early.pt", weights_only=True)["model"], torch.load(place / "late.pt", weights_only=True)]
+        cases.append(
+            TrainingCase(name, read(place / "scans" / f"{name}.nii.gz").as_tensor(), torch.from_numpy(label[None]))
+        )
+    states = [
+        torch.load(place / "early.pt", weights_only=True)["model"],
+        torch.load(place / "late.pt", weights_only=True),
+    ]
     states[0] = {k.removeprefix("module."): v for k, v in states[0].items()}
     checkpoints = [Checkpoint(s, r) for s, r in zip(states, (0.1, 0.3))]
     explainer = Explainer(reader.network, reader.inferer, checks=False)

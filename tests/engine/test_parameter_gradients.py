@@ -43,7 +43,9 @@ def test_windows_against_the_whole_inferer(dims: int, views: bool, output: str) 
     assert weights_hash(network) == before
     prediction = used(image[None], network)[0]
     for score, row in zip(objective.scores, actual):
-        gradients = torch.autograd.grad(score.value(score.crop(prediction)), list(network.parameters()), retain_graph=True)
+        gradients = torch.autograd.grad(
+            score.value(score.crop(prediction)), list(network.parameters()), retain_graph=True
+        )
         expected = torch.cat([g.flatten() for g in gradients])
         assert expected.abs().max() > 0
         assert (row - expected).abs().max() <= 1e-10 * expected.abs().max()

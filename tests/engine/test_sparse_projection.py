@@ -15,7 +15,9 @@ def test_inner_products_without_bias() -> None:
     x, y = torch.randn(2, 3000, generator=generator, dtype=torch.float64)
     y = y + 0.5 * x
     truth, spread = float(x @ y), float(x.norm() * y.norm()) / 64**0.5
-    values = torch.tensor([float((p := SparseProjection(64, seed)(torch.stack([x, y])))[0] @ p[1]) for seed in range(200)])
+    values = torch.tensor(
+        [float((p := SparseProjection(64, seed)(torch.stack([x, y])))[0] @ p[1]) for seed in range(200)]
+    )
     assert abs(float(values.mean()) - truth) < 4 * spread / 200**0.5
     assert 0.7 < float(values.std()) / spread < 1.5
 

@@ -75,7 +75,12 @@ def test_folds_of_a_training_agree_more_than_random_maps(dims: int) -> None:
     for model in networks:
         explainer = Explainer(model, checks=False)
         targets = [f"ClassScore({int(data.objects[n])})" for n in chosen]
-        maps.append([next(iter(explainer(data.images[n : n + 1], ["InputXGradient"], [t]))).map for n, t in zip(chosen, targets)])
+        maps.append(
+            [
+                next(iter(explainer(data.images[n : n + 1], ["InputXGradient"], [t]))).map
+                for n, t in zip(chosen, targets)
+            ]
+        )
         with torch.no_grad():
             right.append((model(data.images[chosen]).argmax(1) == data.objects[chosen]).tolist())
     result = fold_stability(maps, right, [folds[n] for n in chosen])

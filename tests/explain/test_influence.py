@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -49,7 +51,9 @@ def relative_error(dims: int, rate: float, steps: int = 4) -> float:
     for case in cases:
         result = influence(explainer, [asked], [case], loss, [Checkpoint(weights_of(network), rate)], TracIn("dot"))
         total += float(result.scores[0, 0])
-        gradients = torch.autograd.grad(function(network(case.image[None]), case.label[None]), list(network.parameters()))
+        gradients = torch.autograd.grad(
+            function(network(case.image[None]), case.label[None]), list(network.parameters())
+        )
         with torch.no_grad():
             for p, g in zip(network.parameters(), gradients):
                 p -= rate * g
@@ -62,7 +66,7 @@ def test_tracin_is_the_fall_of_the_loss_to_first_order(dims: int) -> None:
     errors = [relative_error(dims, rate) for rate in (2e-2, 1e-2, 5e-3)]
     print(dims, errors)
     assert errors[-1] < 0.05
-    for larger, smaller in zip(errors, errors[1:]):
+    for larger, smaller in pairwise(errors):
         assert 1.8 < larger / smaller < 2.2
 
 
@@ -78,7 +82,9 @@ def test_a_target_through_windows_by_autograd(dims: int, form: str) -> None:
     case = TrainingCase("z", image[0] + 0.1, label)
     function = DiceCELoss(to_onehot_y=True, softmax=True)
     before = weights_hash(network)
-    checkpoints = [Checkpoint({k: v + s * torch.ones_like(v) for k, v in weights_of(network).items()}, s) for s in (0.01, 0.02)]
+    checkpoints = [
+        Checkpoint({k: v + s * torch.ones_like(v) for k, v in weights_of(network).items()}, s) for s in (0.01, 0.02)
+    ]
     with torch.no_grad():
         predicted = inferer(image, network)[0].argmax(0)
     most = int(predicted.flatten().mode()[0])
@@ -124,7 +130,10 @@ def test_trak_without_projection_is_the_influence_function_of_ridge_regression()
     network = nn.Sequential(nn.Flatten(), nn.Linear(12, 1, bias=False)).double()
     with torch.no_grad():
         network[1].weight.copy_(torch.from_numpy(solve())[None])
-    cases = [TrainingCase(f"{n}", torch.from_numpy(r).reshape(1, 3, 4), torch.tensor([v])) for n, (r, v) in enumerate(zip(x, y))]
+    cases = [
+        TrainingCase(f"{n}", torch.from_numpy(r).reshape(1, 3, 4), torch.tensor([v]))
+        for n, (r, v) in enumerate(zip(x, y))
+    ]
     method = Trak(None, penalty / float((x**2).sum(1).mean()), "residual")
     explained = ExplainedCase("x", torch.from_numpy(asked).reshape(1, 1, 3, 4), ["ClassScore(0)"])
     result = influence(
@@ -184,7 +193,10 @@ def test_order_names_and_errors() -> None:
         run.explain(cases[1])
     run.add(cases[1])
     rows = run.result().rows()
-    assert [(r["case"], r["target"], r["rank"]) for r in rows] == [("x", "MultiClassMask-class1", 1), ("x", "MultiClassMask-class1", 2)]
+    assert [(r["case"], r["target"], r["rank"]) for r in rows] == [
+        ("x", "MultiClassMask-class1", 1),
+        ("x", "MultiClassMask-class1", 2),
+    ]
     assert rows[0]["score"] >= rows[1]["score"]
     assert all(-1 <= r["score"] <= 1 for r in rows)
     with pytest.raises(UsageError, match="at least one checkpoint"):
@@ -194,7 +206,12 @@ def test_order_names_and_errors() -> None:
     members = EnsembleInferer(members=[network, segmenter(2)])
     with pytest.raises(UsageError, match="one member"):
         InfluenceRun(Explainer(network, members), loss, checkpoints)
-    for wrong in (lambda: TracIn("sum"), lambda: Trak(ridge=0.0), lambda: Trak(output="no"), lambda: Checkpoint({}, 0.0)):
+    for wrong in (
+        lambda: TracIn("sum"),
+        lambda: Trak(ridge=0.0),
+        lambda: Trak(output="no"),
+        lambda: Checkpoint({}, 0.0),
+    ):
         with pytest.raises(UsageError):
             wrong()
 

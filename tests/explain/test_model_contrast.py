@@ -103,7 +103,12 @@ def test_an_insignificant_patch(dims: int) -> None:
 
 def test_wrong_inputs_are_refused() -> None:
     attribution, mask = torch.rand(1, 4, 4), torch.ones(4, 4)
-    for maps, masks in (([], []), ([attribution], []), ([attribution], [torch.zeros(4, 4)]), ([attribution], [torch.ones(4)])):
+    for maps, masks in (
+        ([], []),
+        ([attribution], []),
+        ([attribution], [torch.zeros(4, 4)]),
+        ([attribution], [torch.ones(4)]),
+    ):
         with pytest.raises(InputError):
             region_attribution(maps, masks)
     with pytest.raises(UsageError):

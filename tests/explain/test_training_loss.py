@@ -54,7 +54,8 @@ def test_slices_of_a_2d_network() -> None:
     loss = TrainingLoss(DiceLoss(sigmoid=True))
     value, gradient = loss.gradient(model, parameters, volume, slice_axis=2)
     slices = [
-        DiceLoss(sigmoid=True)(network(volume.image[None, ..., i].double()), volume.label[None, ..., i]) for i in range(3)
+        DiceLoss(sigmoid=True)(network(volume.image[None, ..., i].double()), volume.label[None, ..., i])
+        for i in range(3)
     ]
     expected = sum(slices) / 3
     gradients = torch.autograd.grad(expected, parameters)

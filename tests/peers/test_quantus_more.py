@@ -71,10 +71,14 @@ def counted(**named: Any) -> np.ndarray:
 def evaluated(name: str, model: nn.Module, images: np.ndarray, classes: list[int], explain: Any) -> Any:
     label = np.zeros((len(images), 1, *images.shape[2:]), dtype=bool)
     label[(..., *(slice(0, 3) for _ in images.shape[2:]))] = True
-    more = {"Focus": {"custom_batch": np.array([(0, 1, 1, 0)] * len(images))}, "AttributionLocalisation": {"s_batch": label}}
+    more = {
+        "Focus": {"custom_batch": np.array([(0, 1, 1, 0)] * len(images))},
+        "AttributionLocalisation": {"s_batch": label},
+    }
     return METRICS[name]()(
         model=model, x_batch=images, y_batch=np.array(classes), a_batch=None, explain_func=explain,
-        explain_func_kwargs={"method": "InputXGradient"}, channel_first=True, softmax=name == "EfficientMPRT", **more.get(name, {}),
+        explain_func_kwargs={"method": "InputXGradient"}, channel_first=True,
+        softmax=name == "EfficientMPRT", **more.get(name, {}),
     )  # fmt: skip
 
 
@@ -101,7 +105,6 @@ def windowed(dims: int) -> nn.Module:
     conv = nn.Conv2d if dims == 2 else nn.Conv3d
     network = nn.Sequential(conv(1, 4, 3, padding=1), nn.SiLU(), conv(4, 3, 1)).eval()
     inferer = SlidingWindowInferer((4,) * dims, 4, 0.5, "gaussian")
-    targets = [{"_target_": "MultiClassMask", "class_index": k} for k in (0, 1, 2)]
     first = torch.from_numpy(images_of(dims)[:1])
     present = inferer(first, network).argmax(1).unique().tolist()
     return TargetWrapper(network, [MultiClassMask(int(k)) for k in present], inferer).freeze(first).eval()
@@ -139,7 +142,9 @@ def test_known_answers_of_a_linear_network(dims: int) -> None:
     assert numbers(evaluated("FaithfulnessEstimate", network, images, classes, quantus_explain_func)) == pytest.approx(
         np.ones(3), abs=1e-4
     )
-    assert numbers(evaluated("NonSensitivity", network, images, classes, quantus_explain_func)) == pytest.approx(np.zeros(3))
+    assert numbers(evaluated("NonSensitivity", network, images, classes, quantus_explain_func)) == pytest.approx(
+        np.zeros(3)
+    )
     box = (slice(None), slice(None), *(slice(0, 3) for _ in range(dims)))
     share = np.abs(maps[box]).reshape(3, -1).sum(1) / np.abs(maps).reshape(3, -1).sum(1)
     values = numbers(evaluated("AttributionLocalisation", network, images, classes, quantus_explain_func))
