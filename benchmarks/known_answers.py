@@ -37,6 +37,43 @@ def inside(attribution: Tensor, mask: Tensor) -> float:
     return float(values[mask].sum() / values.sum())
 
 
+TEXT = """\
+# Influence, detection and attention on networks with a known answer
+
+`python benchmarks/known_answers.py`; one thread, float32, the CPU.
+
+## Influence
+
+Classifiers trained by plain SGD on 200 cases, 5 % with the wrong label (`tests/support/influence.py`), two checkpoints.
+AUC: share of pairs (flipped, other) in which the flipped one ranks higher. *First*: flipped labels among as many cases
+at the head of the list. Here the loss alone finds them too.
+
+{influence}
+
+## Detection
+
+Detectors built by hand: the logit of a box is the mean intensity in its anchor; the second also adds half of that of a
+mark in the corner, so that a third of its map belongs there. Mean share of the absolute map of `DetectedBox(0)` over 5
+images: inside the box, inside another, less bright object, and inside the mark.
+
+{detection}
+
+## Attention
+
+Vision transformers with a class token. A bright or a dark patch decides the class, a checkered one does not. Mean share
+of the absolute map inside each over {cases} test images; *chance* is the patch's share of the image.
+
+{attention}
+
+## Cost of gradients with respect to the weights
+
+A U-Net on 64³ voxels in windows of 32³ (overlap 0.5, two a batch), the logit of a class under its mask; median of three
+interleaved runs. *Naive*: autograd through the whole inferer. MiB: the most that was kept for a backward pass. A case of
+the training costs one forward and one backward pass of each of its patches at each checkpoint.
+
+{cost}
+"""
+
 # -- influence ------------------------------------------------------------------------------------------------------
 
 
@@ -260,27 +297,12 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "known_answers.md")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    parts = [
-        "# Influence, detection and attention on networks with a known answer\n\n`python benchmarks/known_answers.py`; one "
-        "thread, float32, the CPU.",
-        "## Influence\n\nClassifiers trained by plain SGD on 200 cases of which 5 % have the wrong label "
-        "(`tests/support/influence.py`), two checkpoints. AUC: share of pairs (flipped, other) in which the flipped one "
-        "ranks higher. *First*: flipped labels among as many cases at the head of the list.\n\n"
-        + table(["network", "order", "AUC", "first"], influence_rows()),
-        "## Detection\n\nDetectors built by hand: the logit of a box is the mean intensity in its anchor; the second also "
-        "adds half of that of a mark in the corner, so that a third of its map belongs there. Mean share of the absolute map of `DetectedBox(0)` over 5 images: "
-        "inside the box, inside another, less bright object, and inside the mark.\n\n"
-        + table(["network", "method", "box", "other object", "mark"], detection_rows()),
-        f"## Attention\n\nVision transformers with a class token. A bright or a dark patch decides the class, a checkered "
-        f"one does not. Mean share of the absolute map inside each over {CASES} test images; *chance* is the patch's "
-        "share of the image.\n\n" + table(["network", "method", "deciding", "other", "chance"], attention_rows()),
-        "## Cost of gradients with respect to the weights\n\nA U-Net on 64³ voxels in windows of 32³ (overlap 0.5, two a "
-        "batch), the logit of a class under its mask; median of three interleaved runs. *Naive*: autograd through the "
-        "whole inferer. MiB: the most that was kept for a backward pass. A case of the training costs one forward and one "
-        "backward pass of each of its patches at each checkpoint.\n\n"
-        + table(["computation", "windows", "processor seconds", "MiB kept"], cost_rows()),
-    ]
-    args.output.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    influence = table(["network", "order", "AUC", "first"], influence_rows())
+    detection = table(["network", "method", "box", "other object", "mark"], detection_rows())
+    attention = table(["network", "method", "deciding", "other", "chance"], attention_rows())
+    cost = table(["computation", "windows", "processor seconds", "MiB kept"], cost_rows())
+    text = TEXT.format(influence=influence, detection=detection, attention=attention, cost=cost, cases=CASES)
+    args.output.write_text(text, encoding="utf-8")
     print(args.output)
 
 

@@ -1,7 +1,7 @@
 """MeGe and ReCo (Fel et al. 2022, arXiv:2009.04521): whether maps stay the same when the training set changes a little.
 
-Networks of k folds explain the same cases. Of two networks of which one has seen the case in its training and the other
-has not, the maps should be alike if both are right, and differ if one is wrong.
+The networks of k folds explain the same cases. Compared are two networks for a case that one has seen in its training
+and the other has not: the maps should be alike if both are right, and differ if one is wrong.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class FoldStability:
     Attributes:
         mege: mean generalisability, ``1/(1 + mean distance of two right networks)``, 0.5 to 1 (all maps alike).
         reco: relative consistency, ``max over γ of TPR(γ) + TNR(γ) − 1``, 0 (chance) to 1: how well a threshold of
-            the distance divides pairs that are both right from pairs of which one is wrong; None: no pair of a kind.
+            the distance divides pairs that are both right from pairs with one wrong network; None: no pair of a kind.
         agreeing: distances of the pairs that are both right.
-        disagreeing: distances of the pairs of which one is wrong.
+        disagreeing: distances of the pairs with one wrong network.
     """
 
     mege: float
@@ -59,7 +59,7 @@ def map_distance(first: Tensor, second: Tensor) -> float:
 def fold_stability(
     maps: Sequence[Sequence[Tensor]], right: Sequence[Sequence[bool]], folds: Sequence[int]
 ) -> FoldStability:
-    """Compute MeGe and ReCo over all cases and pairs of networks of which exactly one has seen the case.
+    """Compute MeGe and ReCo over all cases and all pairs of networks with exactly one that has seen the case.
 
     Args:
         maps: maps (C, *spatial) of each network (k of them) for each case (n), explaining the true class.

@@ -66,7 +66,7 @@ def trained(
 
 
 def flipped_labels(dims: int, method: TracIn | Trak | None = None, seed: int = 0) -> tuple[Influence, np.ndarray]:
-    """Train on 200 cases of which 5 % have the wrong label; return the influences on one more case, and the flips."""
+    """Train on 200 cases, 5 % with the wrong label; return the influences on one more case, and the flips."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = classifier(dims)
@@ -79,6 +79,6 @@ def flipped_labels(dims: int, method: TracIn | Trak | None = None, seed: int = 0
 
 
 def auc(values: np.ndarray, positive: np.ndarray) -> float:
-    """Share of pairs (positive, other) of which the positive has the larger value; ties count one half."""
+    """Share of pairs (positive, other) in which the positive has the larger value; ties count one half."""
     a, b = values[positive][:, None], values[~positive][None]
     return float((a > b).mean() + 0.5 * (a == b).mean())

@@ -68,8 +68,8 @@ def test_phases_of_a_linear_network_become_those_of_its_weights(shape):
     best = float(terms.sum() / data[0].numel()) + 3
     note = result.notes
     assert note["objective_end"] == pytest.approx([best], rel=1e-4)
-    found = torch.fft.fftn(result.maps[0], dim=axes)
-    assert float((found.abs() - data.abs()).abs().max()) <= 1e-10 * float(data.abs().max())
+    spectrum = torch.fft.fftn(result.maps[0], dim=axes)
+    assert float((spectrum.abs() - data.abs()).abs().max()) <= 1e-10 * float(data.abs().max())
     low, high = intensity_range(image, None).reshape(-1, 2, *(1,) * len(axes)).unbind(1)
     outside = ((result.maps[0] < low) | (result.maps[0] > high)).double().mean()
     assert note["outside_intensity"] == pytest.approx([float(outside)])
