@@ -68,8 +68,8 @@ of the absolute map inside each over {cases} test images; *chance* is the patch'
 ## Cost of gradients with respect to the weights
 
 A U-Net on 64³ voxels in windows of 32³ (overlap 0.5, two a batch), the logit of a class under its mask; median of three
-interleaved runs. *Naive*: autograd through the whole inferer. MiB: the most that was kept for a backward pass. A case of
-the training costs one forward and one backward pass of each of its patches at each checkpoint.
+interleaved runs. *Naive*: autograd through the whole inferer. MiB: the most that was kept for a backward pass. A
+training case costs one forward and one backward pass of each of its patches at each checkpoint.
 
 {cost}
 """
@@ -191,8 +191,8 @@ class Classifier(nn.Module):
         super().__init__()
         size = (16, 12)[dims - 2]
         self.vit = ViT(
-            1, (size,) * dims, (PATCH,) * dims, hidden_size=16, mlp_dim=32, num_layers=2, num_heads=2, classification=True,
-            num_classes=2, post_activation="none", spatial_dims=dims,
+            1, (size,) * dims, (PATCH,) * dims, hidden_size=16, mlp_dim=32, num_layers=2, num_heads=2,
+            classification=True, num_classes=2, post_activation="none", spatial_dims=dims,
         )  # fmt: skip
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
-"""Training cases that raised or lowered a prediction: TracIn (Pruthi et al. 2020) and a projection like TRAK's (Park et al. 2023).
+"""Training cases that raised or lowered a prediction: TracIn (Pruthi et al. 2020), and a projection like TRAK's (Park
+et al. 2023).
 
 A score is positive if the training case raised the target (lowered the loss, where a loss is explained). Both are first
 approximations: they take each step for plain SGD on this case's loss, on the fixed patches of `TrainingLoss`.
