@@ -135,7 +135,7 @@ def attention_map(kind: str, sight: Sight) -> Tensor:
 
 
 def _grid_of_tokens(count: int, sight: Sight) -> tuple[int, ...]:
-    """The grid of patches of a window, equally many along each axis; a class token stands in front."""
+    """The grid of patches of a window, equally many along each axis; a class token comes first."""
     roi = sight.s.roi
     for patch in range(1, max(roi) + 1):
         grid = tuple(n // patch for n in roi)
