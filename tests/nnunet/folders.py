@@ -16,6 +16,9 @@ REGIONS = {"background": 0, "whole": [1, 2], "core": [2]}
 RESAMPLING = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
 
 
+INTENSITIES = {"mean": 130.0, "std": 40.0, "percentile_00_5": 60.0, "percentile_99_5": 210.0}
+"""Those of the training set, which the normalisation of CT uses."""
+CT = {"normalization_schemes": ["CTNormalization"]}
 ORDER3 = {"resampling_fn_probabilities_kwargs": RESAMPLING}
 TORCH = {
     "resampling_fn_probabilities": "resample_torch_fornnunet",
@@ -87,7 +90,7 @@ def plans(
         "configurations": {name: configuration},
         "experiment_planner_used": "ExperimentPlanner",
         "label_manager": "LabelManager",
-        "foreground_intensity_properties_per_channel": {str(i): {"mean": 0.0, "std": 1.0} for i in range(channels)},
+        "foreground_intensity_properties_per_channel": {str(i): INTENSITIES for i in range(channels)},
     }
 
 

@@ -28,6 +28,14 @@ from esegeta_monai.bundle.nnunet.files import PROPERTIES
 from esegeta_monai.bundle.nnunet.prediction import NnunetPrediction
 from esegeta_monai.bundle.nnunet.preprocessing import NnunetPreprocessd
 from esegeta_monai.bundle.nnunet.reader import NnunetReader
+from esegeta_monai.bundle.nnunet.totalsegmentator_parts import (
+    MARGIN,
+    Part,
+    PartWindows,
+    join_images,
+    join_predictions,
+    parts_of,
+)
 from esegeta_monai.bundle.nnunet.totalsegmentator_task import (
     ENDING,
     Mode,
@@ -35,6 +43,7 @@ from esegeta_monai.bundle.nnunet.totalsegmentator_task import (
     TotalSegmentatorTask,
     totalsegmentator_module,
 )
+from esegeta_monai.bundle.nnunet.windows import NnunetWindows
 from esegeta_monai.engine.resampled import OutputMasks, Resampling
 from esegeta_monai.errors import InputError, NetworkError
 from esegeta_monai.files.scans import read_scan
@@ -44,8 +53,8 @@ __all__ = ["TotalSegmentatorReader"]
 SCAN = "totalsegmentator_scan"
 """Key of the `_Scan` of a case in its data dictionary."""
 
-Predict = Callable[[int, Path, Path], None]
-"""Function of the number of a model, its input file, and its output file without extension."""
+Predict = Callable[[int, list[tuple[Path, Path]]], None]
+"""Function of the number of a model and its files: input, and output without extension. A split scan has three."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +81,9 @@ class _Scan:
         crop: the crop; None: the whole scan.
         box: the crop in voxels of the scan.
         shape: shape of the cropped scan in canonical order.
-        resampled: content of the file that the network reads.
+        resampled: content of the file that the network reads, of its parts together where it is split.
+        parts: the parts along the last axis of ``resampled``; empty: it is not split.
+        properties: nnU-Net's properties of the parts.
     """
 
     image: Any
@@ -80,6 +91,8 @@ class _Scan:
     box: tuple[slice, ...]
     shape: tuple[int, ...]
     resampled: np.ndarray
+    parts: tuple[Part, ...]
+    properties: tuple[Any, ...]
 
 
 class TotalSegmentatorReader(NnunetReader):
@@ -151,13 +164,11 @@ class TotalSegmentatorReader(NnunetReader):
         scan: _Scan = data[SCAN]
         own: list[NnunetPrediction] = []
 
-        def predict(number: int, file: Path, out: Path) -> None:
+        def predict(number: int, files: list[tuple[Path, Path]]) -> None:
             if number != self.part.number:
-                self._of(number).segment(file, out)
-                return
-            if not np.array_equal(_values(file), scan.resampled):
-                raise NetworkError("TotalSegmentator prepared another image than for the network: predict again")
-            own.append(super(TotalSegmentatorReader, self).predict(image, data, out))
+                self._of(number).segment(files)
+            else:
+                own.append(self._own(image, data, files))
 
         final = _run(self.total_task, scan.image, scan.crop, self.device, self.total_task.step, predict)
         labels = np.asarray(final.dataobj).astype(np.int64)
@@ -167,6 +178,43 @@ class TotalSegmentatorReader(NnunetReader):
         segmentation = torch.as_tensor(labels)
         masks = self._masks(own[0].masks, segmentation, scan, data[PROPERTIES])
         return replace(own[0], segmentation=segmentation.permute(2, 1, 0), masks=masks)
+
+    def _own(self, image: Tensor, data: Any, files: list[tuple[Path, Path]]) -> NnunetPrediction:
+        """Predict by the model that is explained.
+
+        Raises:
+            NetworkError: see `predict`.
+        """
+        scan: _Scan = data[SCAN]
+        whole = Part(slice(0, scan.resampled.shape[2]), slice(0, scan.resampled.shape[2]))
+        parts = scan.parts or (whole,)
+        if len(files) != len(parts) or not all(
+            np.array_equal(_values(file), scan.resampled[:, :, part.read]) for (file, _), part in zip(files, parts)
+        ):
+            raise NetworkError("TotalSegmentator prepared another image than for the network: predict again")
+        if not scan.parts:
+            return super().predict(image, data, files[0][1])
+        axis, plain = self.split_axis, torch.as_tensor(image).as_subclass(Tensor)
+        predictions = [
+            super(TotalSegmentatorReader, self).predict(
+                plain.narrow(axis + 1, part.read.start, part.read.stop - part.read.start), {**data, PROPERTIES: p}, out
+            )
+            for part, p, (_, out) in zip(parts, scan.properties, files)
+        ]
+        return join_predictions(predictions, parts, axis, self.model, data[PROPERTIES])
+
+    @property
+    def split_axis(self) -> int:
+        """The axis of the network's image along which TotalSegmentator splits a very large scan."""
+        return self._axes.index(2)
+
+    @property
+    def several(self) -> bool:
+        """True if the task has several models: TotalSegmentator splits very large scans only for these."""
+        return isinstance(self.total_task.config["task_id"], list)
+
+    def _windows(self, patch: tuple[int, ...]) -> NnunetWindows:
+        return PartWindows(patch, self.step, self.split_axis, self.several)
 
     def _of(self, number: int) -> _Model:
         (part,) = (part for part in self.total_task.parts if part.number == number)
@@ -212,9 +260,10 @@ class _Model:
     def __init__(self, part: PartModel, task: TotalSegmentatorTask, device: torch.device) -> None:
         self.reader = NnunetReader(part.folder, task.config["folds"], False, device, task.step)
 
-    def segment(self, file: Path, out: Path) -> None:
-        data = self.reader.preprocessing({"image": [str(file)]})
-        self.reader.predict(data["image"], data, out)
+    def segment(self, files: list[tuple[Path, Path]]) -> None:
+        for file, out in files:
+            data = self.reader.preprocessing({"image": [str(file)]})
+            self.reader.predict(data["image"], data, out)
 
 
 class _Preprocessd(NnunetPreprocessd):
@@ -240,20 +289,47 @@ class _Preprocessd(NnunetPreprocessd):
         way = Orientation(axcodes="RAS", labels=(("L", "R"), ("P", "A"), ("I", "S")))(way)
         shape = tuple(int(n) for n in way.shape[1:])
         with tempfile.TemporaryDirectory() as folder:
-            kept = Path(folder) / f"scan_0000{ENDING}"
+            kept: list[Path] = []
 
-            def keep(_: int, file: Path, __: Path) -> None:
-                shutil.move(file, kept)
+            def keep(_: int, files: list[tuple[Path, Path]]) -> None:
+                kept.extend(Path(shutil.move(file, Path(folder) / file.name)) for file, _ in files)
                 raise _PreparedError
 
             with contextlib.suppress(_PreparedError):
                 _run(task, image, crop, device, task.step, keep)
-            resampled = _values(kept)
+            values = [_values(file) for file in kept]
+            parts = self._parts(values)
+            resampled = values[0]
+            if parts:
+                resampled = np.concatenate([v[:, :, part.inner] for v, part in zip(values, parts)], 2)
             if resampled.shape != shape:
                 # ndimage.zoom keeps the centres of the outermost voxels
                 way = Resize(resampled.shape, mode="trilinear", align_corners=True)(way)
-            values, more = super()._preprocess([str(kept)], way)
-        return values, {**more, SCAN: _Scan(image, crop, box, shape, resampled)}
+            prepared = [self._prepared([str(file)]) for file in kept]
+        properties = tuple(more[PROPERTIES] for _, more in prepared)
+        network_image, more = prepared[0]
+        if parts:
+            network_image, whole = join_images([i for i, _ in prepared], properties, parts, self.reader.split_axis)
+            more = {PROPERTIES: whole}
+        at = _Scan(image, crop, box, shape, resampled, parts, properties)
+        return self._traced(network_image, more[PROPERTIES], way), {**more, SCAN: at}
+
+    def _parts(self, values: list[np.ndarray]) -> tuple[Part, ...]:
+        """Return the parts of a scan from the content of the files that TotalSegmentator wrote.
+
+        Raises:
+            NetworkError: they are not those of the window plan.
+        """
+        shapes = [v.shape for v in values]
+        length = shapes[0][2] if len(shapes) == 1 else _length(shapes)
+        parts = parts_of((*shapes[0][:2], length), 2, self.reader.several)
+        expected = [(*shapes[0][:2], part.read.stop - part.read.start) for part in parts] or shapes[:1]
+        if shapes != expected:
+            raise NetworkError(
+                f"this version of TotalSegmentator splits the scan into parts of {[s[2] for s in shapes]} slices, and "
+                f"not {[s[2] for s in expected]}: install the version that the extra [totalsegmentator] names"
+            )
+        return parts
 
 
 class _PreparedError(Exception):
@@ -266,23 +342,18 @@ def _run(
     """Run TotalSegmentator's own function, with ``predict`` in place of its call of nnU-Net; return the final image.
 
     Raises:
-        InputError: the scan is so large that TotalSegmentator splits it.
         NetworkError: this version of TotalSegmentator calls nnU-Net in another way.
     """
     module, config = totalsegmentator_module("totalsegmentator.nnunet"), task.config
 
     def instead(dir_in: Any, dir_out: Any, number: int, *_: Any, tta: bool = False, **options: Any) -> None:
         inputs = sorted(Path(dir_in).glob(f"*_0000{ENDING}"))
-        if len(inputs) != 1:
-            raise InputError(
-                "TotalSegmentator splits a scan of this size into three parts, which is not supported: crop the scan"
-            )
         if tta or options.get("step_size") != step:
             raise NetworkError(
                 f"this version of TotalSegmentator predicts with step {options.get('step_size')} and mirroring {tta}, "
                 f"not with step {step}: install the version that the extra [totalsegmentator] names"
             )
-        predict(number, inputs[0], Path(dir_out) / inputs[0].name.removesuffix(f"_0000{ENDING}"))
+        predict(number, [(file, Path(dir_out) / file.name.removesuffix(f"_0000{ENDING}")) for file in inputs])
 
     known = module.nnUNetv2_predict
     module.nnUNetv2_predict = instead
@@ -323,9 +394,9 @@ def _crop(task: TotalSegmentatorTask, image: Any, device: torch.device) -> _Crop
     if rough is None:
         return None
 
-    def predict(number: int, file: Path, out: Path) -> None:
+    def predict(number: int, files: list[tuple[Path, Path]]) -> None:
         (part,) = (part for part in rough.parts if part.number == number)
-        _Model(part, rough, device).segment(file, out)
+        _Model(part, rough, device).segment(files)
 
     final = _run(rough, image, _crop(rough, image, device), device, rough.step, predict)
     labels = np.asarray(final.dataobj)
@@ -344,6 +415,12 @@ def _crop(task: TotalSegmentatorTask, image: Any, device: torch.device) -> _Crop
         )
     margin = [20, 20, 20] if task.config.get("crop_model") is None else task.config["crop_addon"]
     return _Crop(mask, margin, None if outside is None else structures(outside))
+
+
+def _length(shapes: list[tuple[int, ...]]) -> int:
+    """Return the slices of a scan from the shapes of its three parts: the middle one is a third, and margins."""
+    third = shapes[1][2] - (2 * MARGIN - 1)
+    return 2 * third + shapes[-1][2] - (MARGIN - 1)
 
 
 def _values(file: Path) -> np.ndarray:
