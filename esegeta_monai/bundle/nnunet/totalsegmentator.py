@@ -8,10 +8,9 @@ replaced, by a predictor that gives the same segmentation and keeps the logits.
 from __future__ import annotations
 
 import contextlib
-import io
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,17 +28,25 @@ from esegeta_monai.bundle.nnunet.prediction import NnunetPrediction
 from esegeta_monai.bundle.nnunet.preprocessing import NnunetPreprocessd
 from esegeta_monai.bundle.nnunet.reader import NnunetReader
 from esegeta_monai.bundle.nnunet.totalsegmentator_parts import (
-    MARGIN,
     Part,
     PartWindows,
     join_images,
     join_predictions,
     parts_of,
+    parts_of_files,
+)
+from esegeta_monai.bundle.nnunet.totalsegmentator_run import (
+    Crop,
+    SegmentingModel,
+    box_of,
+    crop_of,
+    nearest_labels,
+    run_task,
+    values_of,
 )
 from esegeta_monai.bundle.nnunet.totalsegmentator_task import (
     ENDING,
     Mode,
-    PartModel,
     TotalSegmentatorTask,
     totalsegmentator_module,
 )
@@ -52,24 +59,6 @@ __all__ = ["TotalSegmentatorReader"]
 
 SCAN = "totalsegmentator_scan"
 """Key of the `_Scan` of a case in its data dictionary."""
-
-Predict = Callable[[int, list[tuple[Path, Path]]], None]
-"""Function of the number of a model and its files: input, and output without extension. A split scan has three."""
-
-
-@dataclass(frozen=True)
-class _Crop:
-    """Crop of a task.
-
-    Attributes:
-        mask: the structures to which the scan is cropped.
-        margin: mm on each side.
-        outside: structures; the final file is set to background outside them; None: it is not.
-    """
-
-    mask: Any
-    margin: Sequence[float]
-    outside: Any
 
 
 @dataclass(frozen=True)
@@ -87,7 +76,7 @@ class _Scan:
     """
 
     image: Any
-    crop: _Crop | None
+    crop: Crop | None
     box: tuple[slice, ...]
     shape: tuple[int, ...]
     resampled: np.ndarray
@@ -170,7 +159,7 @@ class TotalSegmentatorReader(NnunetReader):
             else:
                 own.append(self._own(image, data, files))
 
-        final = _run(self.total_task, scan.image, scan.crop, self.device, self.total_task.step, predict)
+        final = run_task(self.total_task, scan.image, scan.crop, self.device, self.total_task.step, predict)
         labels = np.asarray(final.dataobj).astype(np.int64)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -189,7 +178,7 @@ class TotalSegmentatorReader(NnunetReader):
         whole = Part(slice(0, scan.resampled.shape[2]), slice(0, scan.resampled.shape[2]))
         parts = scan.parts or (whole,)
         if len(files) != len(parts) or not all(
-            np.array_equal(_values(file), scan.resampled[:, :, part.read]) for (file, _), part in zip(files, parts)
+            np.array_equal(values_of(file), scan.resampled[:, :, part.read]) for (file, _), part in zip(files, parts)
         ):
             raise NetworkError("TotalSegmentator prepared another image than for the network: predict again")
         if not scan.parts:
@@ -216,9 +205,9 @@ class TotalSegmentatorReader(NnunetReader):
     def _windows(self, patch: tuple[int, ...]) -> NnunetWindows:
         return PartWindows(patch, self.step, self.split_axis, self.several)
 
-    def _of(self, number: int) -> _Model:
+    def _of(self, number: int) -> SegmentingModel:
         (part,) = (part for part in self.total_task.parts if part.number == number)
-        return _Model(part, self.total_task, self.device)
+        return SegmentingModel(part, self.total_task, self.device)
 
     def _masks(self, own: OutputMasks, segmentation: Tensor, scan: _Scan, properties: Any) -> OutputMasks:
         """Return the masks of the final file on the grid of the cropped scan, in the order of the network's axes."""
@@ -235,9 +224,9 @@ class TotalSegmentatorReader(NnunetReader):
         resampling = None
         if own.resampling is not None:
             box = properties["bbox_used_for_cropping"]
-            matrices = []
+            matrices, spacing = [], self.total_task.config["resample"]
             for axis, (inner, edges) in enumerate(zip(own.resampling.matrices, box)):
-                nearest = _nearest(scan.resampled.shape, scan.shape, order[axis], self.total_task.config["resample"])
+                nearest = nearest_labels(scan.resampled.shape, scan.shape, order[axis], spacing)
                 matrices.append(nearest[:, edges[0] : edges[1]] @ inner)
             resampling = Resampling(tuple(matrices))
         return OutputMasks(mask, own.exclusive, resampling, {**own.record, "masks": "TotalSegmentator's file"})
@@ -254,18 +243,6 @@ class TotalSegmentatorReader(NnunetReader):
         return {**content, "name": f"totalsegmentator_{self.total_task.name}{mode}_{self.part.number}"}
 
 
-class _Model:
-    """A model that gives a segmentation only."""
-
-    def __init__(self, part: PartModel, task: TotalSegmentatorTask, device: torch.device) -> None:
-        self.reader = NnunetReader(part.folder, task.config["folds"], False, device, task.step)
-
-    def segment(self, files: list[tuple[Path, Path]]) -> None:
-        for file, out in files:
-            data = self.reader.preprocessing({"image": [str(file)]})
-            self.reader.predict(data["image"], data, out)
-
-
 class _Preprocessd(NnunetPreprocessd):
     """TotalSegmentator's preparation of a scan, then nnU-Net's preprocessing."""
 
@@ -280,11 +257,11 @@ class _Preprocessd(NnunetPreprocessd):
         image: Any = nib.load(files[0])
         if len(image.shape) != 3:
             raise InputError(f"{Path(files[0]).name} has the shape {tuple(image.shape)}; give a 3D scan")
-        crop = _crop(task, image, device)
+        crop = crop_of(task, image, device)
         way: Any = (read_scan(files[0]) if scan is None else scan)[:1].clone()
         box = tuple(slice(0, n) for n in image.shape)
         if crop is not None:
-            box = _box(image, crop)
+            box = box_of(image, crop)
             way = SpatialCrop(roi_start=[part.start for part in box], roi_end=[part.stop for part in box])(way)
         way = Orientation(axcodes="RAS", labels=(("L", "R"), ("P", "A"), ("I", "S")))(way)
         shape = tuple(int(n) for n in way.shape[1:])
@@ -296,9 +273,9 @@ class _Preprocessd(NnunetPreprocessd):
                 raise _PreparedError
 
             with contextlib.suppress(_PreparedError):
-                _run(task, image, crop, device, task.step, keep)
-            values = [_values(file) for file in kept]
-            parts = self._parts(values)
+                run_task(task, image, crop, device, task.step, keep)
+            values = [values_of(file) for file in kept]
+            parts = parts_of_files([v.shape for v in values], self.reader.several)
             resampled = values[0]
             if parts:
                 resampled = np.concatenate([v[:, :, part.inner] for v, part in zip(values, parts)], 2)
@@ -311,135 +288,14 @@ class _Preprocessd(NnunetPreprocessd):
         if parts:
             network_image, whole = join_images([i for i, _ in prepared], properties, parts, self.reader.split_axis)
             more = {PROPERTIES: whole}
+        elif parts_of(network_image.shape[1:], self.reader.split_axis, self.reader.several):
+            raise InputError(
+                f"TotalSegmentator does not split this scan of {resampled.shape}, and nnU-Net resamples it to "
+                f"{tuple(network_image.shape[1:])}, which the window plan takes for a scan in parts: crop the scan"
+            )
         at = _Scan(image, crop, box, shape, resampled, parts, properties)
         return self._traced(network_image, more[PROPERTIES], way), {**more, SCAN: at}
-
-    def _parts(self, values: list[np.ndarray]) -> tuple[Part, ...]:
-        """Return the parts of a scan from the content of the files that TotalSegmentator wrote.
-
-        Raises:
-            NetworkError: they are not those of the window plan.
-        """
-        shapes = [v.shape for v in values]
-        length = shapes[0][2] if len(shapes) == 1 else _length(shapes)
-        parts = parts_of((*shapes[0][:2], length), 2, self.reader.several)
-        expected = [(*shapes[0][:2], part.read.stop - part.read.start) for part in parts] or shapes[:1]
-        if shapes != expected:
-            raise NetworkError(
-                f"this version of TotalSegmentator splits the scan into parts of {[s[2] for s in shapes]} slices, and "
-                f"not {[s[2] for s in expected]}: install the version that the extra [totalsegmentator] names"
-            )
-        return parts
 
 
 class _PreparedError(Exception):
     """The scan is prepared, and its file moved: TotalSegmentator need not go on."""
-
-
-def _run(
-    task: TotalSegmentatorTask, image: Any, crop: _Crop | None, device: torch.device, step: float, predict: Predict
-) -> Any:
-    """Run TotalSegmentator's own function, with ``predict`` in place of its call of nnU-Net; return the final image.
-
-    Raises:
-        NetworkError: this version of TotalSegmentator calls nnU-Net in another way.
-    """
-    module, config = totalsegmentator_module("totalsegmentator.nnunet"), task.config
-
-    def instead(dir_in: Any, dir_out: Any, number: int, *_: Any, tta: bool = False, **options: Any) -> None:
-        inputs = sorted(Path(dir_in).glob(f"*_0000{ENDING}"))
-        if tta or options.get("step_size") != step:
-            raise NetworkError(
-                f"this version of TotalSegmentator predicts with step {options.get('step_size')} and mirroring {tta}, "
-                f"not with step {step}: install the version that the extra [totalsegmentator] names"
-            )
-        predict(number, [(file, Path(dir_out) / file.name.removesuffix(f"_0000{ENDING}")) for file in inputs])
-
-    known = module.nnUNetv2_predict
-    module.nnUNetv2_predict = instead
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            final, _, _ = module.nnUNet_predict_image(
-                image,
-                None,
-                config["task_id"],
-                model=config["model"],
-                folds=config["folds"],
-                trainer=config["trainer"],
-                plans=config["plans"],
-                tta=False,
-                multilabel_image=True,
-                resample=config["resample"],
-                crop=None if crop is None else crop.mask,
-                crop_addon=None if crop is None else crop.margin,
-                task_name=task.name,
-                nr_threads_saving=1,
-                quiet=True,
-                device=str(device),
-                remove_outside_mask=None if crop is None else crop.outside,
-                remove_outside_dilation=None if crop is None else config.get("remove_outside_dilation"),
-            )
-    finally:
-        module.nnUNetv2_predict = known
-    return final
-
-
-def _crop(task: TotalSegmentatorTask, image: Any, device: torch.device) -> _Crop | None:
-    """Return the crop of a task, from the segmentation of its rough model.
-
-    Raises:
-        InputError: the rough model finds none of the structures.
-    """
-    rough = task.rough
-    if rough is None:
-        return None
-
-    def predict(number: int, files: list[tuple[Path, Path]]) -> None:
-        (part,) = (part for part in rough.parts if part.number == number)
-        _Model(part, rough, device).segment(files)
-
-    final = _run(rough, image, _crop(rough, image, device), device, rough.step, predict)
-    labels = np.asarray(final.dataobj)
-    label_of = {name: label for label, name in rough.classes.items()}
-
-    def structures(names: Sequence[str]) -> Any:
-        values = np.isin(labels, [label_of[name] for name in names]).astype(np.uint8)
-        return nib.Nifti1Image(values, final.affine)
-
-    names, outside = task.config["crop"], task.config.get("remove_outside")
-    mask = structures(names)
-    if not np.asarray(mask.dataobj).any():
-        raise InputError(
-            f"TotalSegmentator crops to {', '.join(names)}, and its rough model finds none in the scan: its "
-            "segmentation is empty, and there is nothing to explain"
-        )
-    margin = [20, 20, 20] if task.config.get("crop_model") is None else task.config["crop_addon"]
-    return _Crop(mask, margin, None if outside is None else structures(outside))
-
-
-def _length(shapes: list[tuple[int, ...]]) -> int:
-    """Return the slices of a scan from the shapes of its three parts: the middle one is a third, and margins."""
-    third = shapes[1][2] - (2 * MARGIN - 1)
-    return 2 * third + shapes[-1][2] - (MARGIN - 1)
-
-
-def _values(file: Path) -> np.ndarray:
-    image: Any = nib.load(file)
-    return np.asarray(image.dataobj)
-
-
-def _box(image: Any, crop: _Crop) -> tuple[slice, ...]:
-    cut = totalsegmentator_module("totalsegmentator.nnunet").crop_to_mask
-    _, edges = cut(nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine), crop.mask, addon=crop.margin)
-    return tuple(slice(int(a), int(b)) for a, b in edges)
-
-
-def _nearest(before: Sequence[int], after: Sequence[int], axis: int, resample: Any) -> Tensor:
-    """Return the matrix (after, before) of TotalSegmentator's resampling of labels along an axis."""
-    n, m = before[axis], after[axis]
-    if resample is None or n == m:
-        return torch.eye(n, dtype=torch.float64)
-    change = totalsegmentator_module("totalsegmentator.nnunet").change_spacing
-    places = nib.Nifti1Image(np.arange(n, dtype=np.float64).reshape(n, 1, 1), np.eye(4))
-    read = change(places, [1.0, 1.0, 1.0], (m, 1, 1), order=0, dtype=np.int32).get_fdata().reshape(m)
-    return torch.nn.functional.one_hot(torch.as_tensor(read).long(), n).double()

@@ -1,8 +1,8 @@
 """TotalSegmentator's three parts of a very large scan, as places of one window plan.
 
 Above a number of voxels TotalSegmentator cuts the scan into three parts along its last axis, which overlap, and
-predicts each by itself: nnU-Net preprocesses each part, and places and blends its windows in it. Of each part a third
-of the scan is kept. So a window counts only in the third that its part owns:
+predicts each by itself: nnU-Net preprocesses each part, and places and blends its windows in it. The prediction of a
+part is kept in one third of the scan. So a window counts only in the third that its part owns:
 
     P(v) = Σ_{w in part p} ĝ_w(v) · f(x_w)(v)        for v in the third of p,        ĝ_w = g_w / Σ_{w in part p} g_w
 """
@@ -25,7 +25,7 @@ from esegeta_monai.engine.resampled import OutputMasks, Resampling
 from esegeta_monai.engine.windows.plan import WindowPlan
 from esegeta_monai.errors import InputError, NetworkError
 
-__all__ = ["MARGIN", "Part", "PartWindows", "join_images", "join_predictions", "parts_of"]
+__all__ = ["Part", "PartWindows", "join_images", "join_predictions", "parts_of", "parts_of_files"]
 
 SPLIT_ABOVE, SPLIT_LENGTH, MARGIN = 512 * 512 * 900, 200, 20
 """TotalSegmentator's constants: voxels and slices above which it splits, and voxels by which parts overlap a third."""
@@ -37,7 +37,7 @@ class Part:
 
     Attributes:
         read: the voxels that it has.
-        owned: the voxels of which its prediction is kept.
+        owned: the voxels where its prediction is kept.
     """
 
     read: slice
@@ -67,6 +67,34 @@ def parts_of(shape: Sequence[int], axis: int, several: bool) -> tuple[Part, ...]
     reads = (slice(0, third + MARGIN), slice(third + 1 - MARGIN, 2 * third + MARGIN), slice(2 * third + 1 - MARGIN, n))
     owned = (slice(0, third), slice(third, 2 * third), slice(2 * third, n))
     return tuple(Part(read, own) for read, own in zip(reads, owned))
+
+
+def parts_of_files(shapes: Sequence[tuple[int, ...]], several: bool) -> tuple[Part, ...]:
+    """Return the parts of a scan from the files that TotalSegmentator wrote.
+
+    Args:
+        shapes: shape of each file.
+        several: see `parts_of`.
+
+    Raises:
+        NetworkError: they are not the parts of the window plan.
+
+    >>> len(parts_of_files([(600, 600, 320), (600, 600, 339), (600, 600, 320)], True))
+    3
+    """
+    first, lengths = shapes[0], [shape[2] for shape in shapes]
+    whole = lengths[0]
+    if len(shapes) > 1:  # the middle part is a third and its margins
+        third = lengths[1] - (2 * MARGIN - 1)
+        whole = 2 * third + lengths[-1] - (MARGIN - 1)
+    parts = parts_of((*first[:2], whole), 2, several)
+    expected = [part.read.stop - part.read.start for part in parts] or [whole]
+    if lengths != expected:
+        raise NetworkError(
+            f"this version of TotalSegmentator splits the scan into parts of {lengths} slices, and not {expected}: "
+            "install the version that the extra [totalsegmentator] names"
+        )
+    return parts
 
 
 class PartWindows(NnunetWindows):
