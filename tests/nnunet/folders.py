@@ -112,12 +112,14 @@ def model_folder(
     trainer: str = "nnUNetTrainer",
     seed: int = 0,
     favoured: int | None = None,
+    without_norm: bool = False,
 ) -> Path:
     """Write a model folder with random weights and return it.
 
     Args:
         changes: those of the configuration.
         favoured: a channel whose logits are raised, so that it is predicted in many voxels.
+        without_norm: leave out the normalisation layers.
     """
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
@@ -128,6 +130,10 @@ def model_folder(
     folder.mkdir(parents=True, exist_ok=True)
     content = plans(patch, spacing, transpose, channels, name, residual)
     content["configurations"][name] |= changes or {}
+    if without_norm:
+        architecture = content["configurations"][name]["architecture"]
+        architecture["arch_kwargs"] |= {"norm_op": None, "norm_op_kwargs": None}
+        architecture["_kw_requires_import"].remove("norm_op")
     description: dict[str, Any] = {
         "channel_names": {str(i): f"channel{i}" for i in range(channels)},
         "labels": labels,

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("nnunetv2", reason="needs nnunetv2: make test-nnunet")
 
 from monai.bundle import run as run_bundle
 
+from esegeta_monai.bundle.nnunet import NnunetReader
 from esegeta_monai.cli.main import main
 from tests.nnunet.folders import model_folder, scan
 
@@ -45,3 +50,60 @@ def test_the_maps_are_those_of_the_command(tmp_path: Path, capsys: pytest.Captur
             config_file=str(config), scans=[str(tmp_path / "none.nii.gz")], explain_output_dir=str(tmp_path / "x")
         )
     assert stopped.value.code in (1, 2)
+
+
+@pytest.mark.parametrize("options", [{"spacing": (1.2, 1.0, 0.8)}, {"favoured": 1}], ids=["resampled", "large target"])
+def test_a_dry_run_counts_the_passes_of_the_run(
+    options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The passes that ``--dry-run`` prints are those counted at the network, by folds, views and windows."""
+    folder = model_folder(tmp_path / "model", mirror=(0,), **options)
+    (file,) = scan(tmp_path / "scans", shape=(16, 14, 12))
+    counted, network_of = [0], NnunetReader.network.func  # type: ignore[attr-defined]
+
+    def count(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        counted[0] += len(inputs[0])
+
+    def counting(self: NnunetReader) -> torch.nn.Module:
+        network = network_of(self)
+        network.register_forward_pre_hook(count)
+        return network
+
+    monkeypatch.setattr(NnunetReader.network, "func", counting)
+    methods = ["VanillaBackprop", "IntegratedGradients(n_steps=2)", "Occlusion(window=6)"]
+    command = ["explain", "--nnunet", str(folder), "--input", str(file), "--no-checks", "--target", "MultiClassMask(1)"]
+    predicted = []
+    for number in range(len(methods) + 1):
+        # the prediction itself, which every run makes once, is that of a run of no further passes
+        counted[0] = 0
+        chosen = methods[number - 1 : number] or methods[:1]
+        assert main([*command, "--output", str(tmp_path / f"{number}"), "--methods", chosen[0], "--overwrite"]) == 0
+        (sidecar,) = (tmp_path / f"{number}").rglob("*_attr.json")
+        record = json.loads(sidecar.read_text(encoding="utf-8"))
+        predicted.append(counted[0] - record["window_passes"])
+        capsys.readouterr()
+        assert main([*command, "--output", str(tmp_path / "dry"), "--methods", chosen[0], "--dry-run"]) == 0
+        printed = capsys.readouterr().out
+        (line,) = [line for line in printed.splitlines() if chosen[0].split("(")[0] in line]
+        assert str(record["window_passes"]) in re.findall(r"\d+", line), (line, record["window_passes"])
+    assert len(set(predicted)) == 1  # nnU-Net's predictor, in every run
+    assert not (tmp_path / "dry").exists()
+
+
+def test_the_agreement_of_one_fold_given_twice(tmp_path: Path) -> None:
+    """A copy of a fold has no spread; another fold has, and shuffled maps agree less."""
+    folder, (file,) = model_folder(tmp_path / "model", mirror=None), scan(tmp_path / "scans", shape=(16, 14, 12))
+    shutil.copytree(folder / "fold_0", folder / "fold_2")
+    found = {}
+    for folds in ("0,2", "0,1"):
+        out = tmp_path / folds
+        command = ["explain", "--nnunet", str(folder), "--input", str(file), "--output", str(out), "--folds", folds]
+        assert main([*command, "--methods", "VanillaBackprop", "--target", "MultiClassMask(1)", "--agreement"]) == 0
+        (sidecar,) = out.rglob("*_attr.json")
+        found[folds] = json.loads(sidecar.read_text(encoding="utf-8"))["agreement"]["members"]
+        (sd,) = out.rglob("*_attr_members_sd.nii.gz")
+        assert nib.load(sd).shape == nib.load(file).shape
+        assert bool(np.asarray(nib.load(sd).dataobj).any()) is (folds == "0,1")
+    assert (found["0,2"]["sd"], found["0,2"]["rank_correlation"]) == (0, pytest.approx(1))
+    assert found["0,1"]["sd"] > 0
+    assert found["0,2"]["rank_correlation"] > found["0,2"]["shuffled"]["rank_correlation"] + 0.5
