@@ -19,6 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from esegeta_monai.utils.files import refuse_special
 from esegeta_monai.utils.names import one_line
 
 __all__ = ["LOG_FILE", "RunLog", "print_every_character", "reason"]
@@ -74,6 +75,7 @@ class RunLog:
     def write_to(self, folder: Path) -> None:
         """Also append to ``folder/esegeta.log``; if that cannot be written, warn, and log to the console alone."""
         try:
+            refuse_special(folder / LOG_FILE)
             handler = logging.FileHandler(folder / LOG_FILE, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             self.logger.warning("%s cannot be written (%s): the log is on the console only", LOG_FILE, error.strerror)

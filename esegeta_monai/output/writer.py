@@ -47,6 +47,7 @@ from esegeta_monai.output.agreement import has_agreement, remove_spread, write_s
 from esegeta_monai.output.place import NO_METADATA, VANISHED, ZERO, PlaceChecks
 from esegeta_monai.targets.base import Target
 from esegeta_monai.utils.distributed import Processes
+from esegeta_monai.utils.files import refuse_link_out
 from esegeta_monai.utils.heartbeat import Heartbeat
 from esegeta_monai.utils.leftovers import remove_leftovers
 from esegeta_monai.utils.whole_files import check_sources
@@ -232,6 +233,7 @@ class ResultWriter:
         computed: list[tuple[str, str]] = []
         kept = self.output_dir / ".scores"
         try:
+            refuse_link_out(scan_copy_path(self.output_dir, case, **self._folders).parent, self.output_dir)
             check_sources(image, more.get("data"))
             storage.check_contents(image, case)
             if self.dicom:
@@ -293,6 +295,7 @@ class ResultWriter:
             record.status, record.reason = "failed", clash
             label = f"{label} of {attribution.target!r}"
         try:
+            refuse_link_out(path.parent, self.output_dir)
             place = self._place(image, scan, record, case)
             if attribution.map is not None and not clash:
                 record.update(self._write_map(path, attribution, record, case, image, place))
