@@ -241,10 +241,16 @@ def _of_archive(path: Path) -> StatedData | None:
 
 
 def _text_header(path: Path, end: re.Pattern[bytes]) -> tuple[str, int]:
-    """Return the text at the beginning of a file up to the first match of ``end``, and where the match stops."""
+    """Return the text at the beginning of a file up to the first match of ``end``, and where the match stops.
+
+    Raises:
+        InputError: it goes on for a MiB without an end; ITK would read it for minutes, or crash.
+    """
     with path.open("rb") as file:
         head = file.read(LONGEST_HEADER)
     match = end.search(head)
+    if match is None and len(head) == LONGEST_HEADER:
+        raise InputError(f"{path}: cannot be read as an image (its header has no end within a MiB)")
     stop = len(head) if match is None else match.end()
     return head[:stop].decode("utf-8", "replace").replace("\r\n", "\n"), stop
 

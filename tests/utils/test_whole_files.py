@@ -126,3 +126,12 @@ def test_extensions_of_a_pair_are_counted_too(tmp_path: Path) -> None:
     (tmp_path / "a.hdr").write_bytes(header + b"\1\0\0\0" + (struct.pack("<2i", 16, 6) + bytes(8)) * 5000)
     with pytest.raises(InputError, match="more than 1000 extensions"):
         check_whole(tmp_path / "a.img")
+
+
+@pytest.mark.parametrize("name", ["a.nrrd", "a.mha"])
+def test_a_text_header_without_end_is_refused(name: str, tmp_path: Path) -> None:
+    begin = b"NRRD0004\n" if name == "a.nrrd" else b"ObjectType = Image\n"
+    for line in (b"# x\n" * 300_000, b"x" * (2 << 20)):
+        (tmp_path / name).write_bytes(begin + line)
+        with pytest.raises(InputError, match="its header has no end within a MiB"):
+            check_whole(tmp_path / name)
