@@ -135,7 +135,7 @@ def big_noise(path: Path, megabytes: float) -> np.ndarray:
 
 
 def extensions(count: int, size: int) -> Make:
-    """So many extensions of so many bytes each, before the voxels."""
+    """Extensions before the voxels: their number, and the bytes of each."""
 
     def make(path: Path) -> None:
         content = plain()
