@@ -285,8 +285,10 @@ def _case_metrics(folder: Path, case: str) -> list[dict[str, Any]]:
 
 
 def _as_in_run(rows: list[dict[str, Any]], case: CaseResults) -> list[dict[str, Any]]:
-    """Return rows with targets and methods named and ordered as in ``run.json``, also if they were taken from file names;
-    those of other names, such as control maps, follow."""
+    """Return rows with targets and methods named as in ``run.json``, also if they were taken from file names.
+
+    They are in its order too; those of other methods, such as control maps, follow.
+    """
     known = {safe_name(name).casefold(): name for name in (*case.targets, *case.methods)}
     for row in rows:
         for key in ("target", "method"):
