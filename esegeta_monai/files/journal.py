@@ -121,7 +121,7 @@ class RunContents:
 
     Attributes:
         info: entries of the run as a whole (bundle, hashes, versions, ``started``, ``finished``).
-        results: one entry per case, target and method, the latest.
+        results: one entry per case, target and method, the latest, in the order in which they were asked for.
         lines: results in the journals, with ``recorded`` and ``run``, in the order of their time.
         notes: what cannot be read, one sentence each.
         damaged: True if ``run.json`` is there and cannot be read.
@@ -193,7 +193,7 @@ def read_run(folder: str | os.PathLike[str]) -> RunContents:
             contents.notes.append(f"{path.name}: {bad} lines are damaged and are left out.")
     headers.sort(key=_recorded)
     contents.lines.sort(key=_recorded)  # stable: lines of one time stay in the order of their file
-    contents.results = merged(contents.results, contents.lines)
+    contents.results = _as_asked([*contents.results, *contents.lines])
     if headers:
         last = {k: v for k, v in headers[-1].items() if k not in OF_LINE}
         if last.get("started") != contents.info.get("started"):
@@ -229,6 +229,34 @@ class _Order:
 
 def _recorded(entry: Mapping[str, Any]) -> str:
     return str(entry.get("recorded", ""))
+
+
+def _as_asked(entries: list[Any]) -> list[Any]:
+    """Return the last entry for each case, target and method in the order in which they were asked for.
+
+    A case stands where it was first asked for. Its results follow the last command that asked for them. Entries without
+    an order, which older versions wrote, come first.
+    """
+    first: dict[str, list[Any]] = {}
+    for entry in entries:
+        if (place := _place(entry, "case")) is not None:
+            case = str(entry["case"])
+            first[case] = min(first.get(case, place), place)
+
+    def key(entry: Any) -> tuple[list[Any], list[Any]]:
+        case = str(entry.get("case")) if isinstance(entry, dict) else ""
+        return first.get(case, []), _place(entry, "result") or []
+
+    return sorted(merged(entries), key=key)
+
+
+def _place(entry: Any, of: str) -> list[Any] | None:
+    """Return the place of an entry's case or result: the time of its command, then numbers; None: it has none."""
+    order = entry.get("order") if isinstance(entry, dict) else None
+    place = order.get(of) if isinstance(order, dict) and "case" in entry else None
+    if not isinstance(place, list) or not place or not isinstance(place[0], str):
+        return None
+    return place if all(isinstance(number, int) for number in place[1:]) else None
 
 
 def merged(*several: Iterable[Any]) -> list[Any]:

@@ -317,3 +317,52 @@ def test_a_journal_that_can_no_longer_be_written_ends_the_run(tmp_path: Path, mo
         with pytest.raises(UsageError, match="No space left on device"):
             RunRecord(tmp_path)
     assert [e["case"] for e in read_run(tmp_path).results] == ["a"]
+
+
+def asked(folder: Path) -> list[tuple[str, str | None]]:
+    return [(e["case"], e["method"]) for e in read_run(folder).results]
+
+
+def test_results_stand_as_asked_for_not_as_they_end(tmp_path: Path) -> None:
+    with RunRecord(tmp_path) as run:
+        for case, method, order in (("b", "N", [1, 1]), ("b", "M", [1, 0]), ("c", None, [2]), ("a", "N", [0, 1])):
+            run.set(case, method and "t", method, "failed", "because", order=order)
+        run.set("a", "t", "M", "ok", order=[0, 0])
+    wanted = [("a", "M"), ("a", "N"), ("b", "M"), ("b", "N"), ("c", None)]
+    assert asked(tmp_path) == wanted
+    assert [(e["case"], e["method"]) for e in read(tmp_path)["results"]] == wanted, "also in the file"
+    with RunRecord(tmp_path) as run:  # a resume of one case, and one more method
+        for number, method in ((2, "L"), (1, "N"), (0, "M")):
+            run.set("b", "t", method, "ok", order=[0, number])
+    wanted = [("a", "M"), ("a", "N"), ("b", "M"), ("b", "N"), ("b", "L"), ("c", None)]
+    assert asked(tmp_path) == wanted
+    (tmp_path / "run.json").unlink()
+    assert asked(tmp_path) == wanted, "the journal alone is enough"
+
+
+def test_parts_of_a_run_stand_one_after_the_other(tmp_path: Path) -> None:
+    for part in (1, 0):  # the second part begins first
+        with RunRecord(tmp_path, part=part) as run:
+            for number in (1, 0):
+                run.set(f"{part}{number}", "t", "M", "ok", order=[number, 0])
+    assert [case for case, _ in asked(tmp_path)] == ["00", "01", "10", "11"]
+
+
+def test_a_result_of_the_watching_process_gets_its_order(tmp_path: Path) -> None:
+    """The process that ends a result by the hard time limit does not know which one was asked for first."""
+    RunRecord(tmp_path, run="r").set("a", "t", "N", "ok", order=[0, 1])
+    RunRecord(tmp_path, run="r").set("a", "t", "M", "timeout", "too long")
+    with RunRecord(tmp_path, run="r") as again:
+        again.add_order("a", "t", "M", [0, 0])
+        again.add_order("a", "t", "N", [0, 5])  # known already
+        again.set("a", "t", "L", "ok", order=[0, 2])
+    assert asked(tmp_path) == [("a", "M"), ("a", "N"), ("a", "L")]
+    assert statuses(tmp_path)["a", "t", "M"] == "timeout"
+
+
+@pytest.mark.parametrize("order", [None, 3, {}, {"case": 1}, {"case": ["t", "x"], "result": [[]]}, {"result": [1]}])
+def test_damaged_and_older_orders_are_read(order: Any, tmp_path: Path) -> None:
+    entry = {"case": "a", "target": "t", "method": "M", "status": "ok", "order": order}
+    (tmp_path / "run.json").write_text(json.dumps({"results": [entry, {**entry, "method": "L"}, 5]}), encoding="utf-8")
+    RunRecord(tmp_path).set("a", "t", "K", "ok", order=[0, 0])
+    assert [e["method"] for e in read_run(tmp_path).results if isinstance(e, dict)] == ["M", "L", "K"]
