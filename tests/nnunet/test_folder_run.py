@@ -90,16 +90,16 @@ def test_the_agreement_of_one_fold_given_twice(tmp_path: Path) -> None:
     """A copy of a fold has no spread; another fold has, and shuffled maps agree less."""
     folder, (file,) = model_folder(tmp_path / "model", mirror=None), scan(tmp_path / "scans", shape=(16, 14, 12))
     shutil.copytree(folder / "fold_0", folder / "fold_2")
-    found = {}
+    agreement = {}
     for folds in ("0,2", "0,1"):
         out = tmp_path / folds
         command = ["explain", "--nnunet", str(folder), "--input", str(file), "--output", str(out), "--folds", folds]
         assert main([*command, "--methods", "VanillaBackprop", "--target", "MultiClassMask(1)", "--agreement"]) == 0
         (sidecar,) = out.rglob("*_attr.json")
-        found[folds] = json.loads(sidecar.read_text(encoding="utf-8"))["agreement"]["members"]
+        agreement[folds] = json.loads(sidecar.read_text(encoding="utf-8"))["agreement"]["members"]
         (sd,) = out.rglob("*_attr_members_sd.nii.gz")
         assert nib.load(sd).shape == nib.load(file).shape
         assert bool(np.asarray(nib.load(sd).dataobj).any()) is (folds == "0,1")
-    assert (found["0,2"]["sd"], found["0,2"]["rank_correlation"]) == (0, pytest.approx(1))
-    assert found["0,1"]["sd"] > 0
-    assert found["0,2"]["rank_correlation"] > found["0,2"]["shuffled"]["rank_correlation"] + 0.5
+    assert (agreement["0,2"]["sd"], agreement["0,2"]["rank_correlation"]) == (0, pytest.approx(1))
+    assert agreement["0,1"]["sd"] > 0
+    assert agreement["0,2"]["rank_correlation"] > agreement["0,2"]["shuffled"]["rank_correlation"] + 0.5
