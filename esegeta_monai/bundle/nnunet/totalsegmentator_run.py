@@ -154,7 +154,7 @@ def box_of(image: Any, crop: Crop) -> tuple[slice, ...]:
 
 
 def nearest_labels(before: Sequence[int], after: Sequence[int], axis: int, resample: Any) -> Tensor:
-    """Return the matrix (after, before) of TotalSegmentator's resampling of labels along an axis."""
+    """Return TotalSegmentator's resampling of labels along an axis as a matrix (m, n), for m labels from n."""
     n, m = before[axis], after[axis]
     if resample is None or n == m:
         return torch.eye(n, dtype=torch.float64)
