@@ -19,7 +19,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 from esegeta_monai.errors import NetworkError, UsageError
 from esegeta_monai.utils.weights_only import read_weights
 
-__all__ = ["WeightSource", "components", "find_weights", "fit_names", "load_weights", "read_weights", "references"]
+__all__ = ["WeightSource", "components", "find_weights", "fit_names", "load_weights", "read_state", "references"]
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def find_weights(
     return WeightSource(bundle_dir / source.path, source.found_in, source.key, source.strict, source.method)
 
 
-def read_weights(source: WeightSource, device: torch.device) -> dict[str, torch.Tensor]:
+def read_state(source: WeightSource, device: torch.device) -> dict[str, torch.Tensor]:
     """Read the state dict of a checkpoint, tensors of any shape, always with `weights_only=True`.
 
     Raises:
@@ -152,7 +152,7 @@ def load_weights(network: nn.Module, source: WeightSource, device: torch.device)
         UsageError: the checkpoint is missing, contains more than tensors, or has no state dict.
         NetworkError: it is TorchScript, or does not fit the network.
     """
-    state = read_weights(source, device)
+    state = read_state(source, device)
     fit_names(state, network)
     load = getattr(network, source.method)
     try:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import esegeta_monai.files as storage
 from esegeta_monai.bundle.reader import BundleReader
-from esegeta_monai.bundle.weights import WeightSource, fit_names, read_weights
+from esegeta_monai.bundle.weights import WeightSource, fit_names, read_state
 from esegeta_monai.cli.cases import Preprocessor, ScanCase, file_of_case, find_cases
 from esegeta_monai.cli.concept_tests import batch_of, failures
 from esegeta_monai.cli.explain import bundle_targets, each_case, explainer_for, open_log
@@ -144,7 +144,7 @@ def _checkpoints(args: Namespace, reader: BundleReader) -> list[Checkpoint]:
     key = reader.weight_source.key
     checkpoints = []
     for text, rate in zip(args.checkpoints, rates):
-        state = read_weights(WeightSource(Path(text), "--checkpoints", key), torch.device("cpu"))
+        state = read_state(WeightSource(Path(text), "--checkpoints", key), torch.device("cpu"))
         fit_names(state, reader.network)
         checkpoints.append(Checkpoint(state, rate, Path(text).name))
     return checkpoints
