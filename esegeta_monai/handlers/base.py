@@ -239,6 +239,11 @@ class CaseHandler(ABC):
         last = self._last_due
         return last is None or epoch == last or (epoch - 1) // self.epochs != (last - 1) // self.epochs
 
+    def wants_batch(self, epoch: int) -> bool:
+        """Return True if a further batch of an epoch may have a case to process."""
+        full = isinstance(self.cases, int) and self._seen >= self.cases
+        return self._due(epoch) and not self._folder_failed and not full
+
     def __call__(self, engine: Any) -> None:
         """Process the batch whose raw predictions are in ``engine.state.output``."""
         engine.inferer = plain_inferer(engine)
