@@ -58,7 +58,8 @@ def merge_runs(folder: str | os.PathLike[str], others: Sequence[str | os.PathLik
         others: output folders of other parts.
 
     Raises:
-        UsageError: a folder has no results or another layout, or a file that two folders have differs; nothing has been written.
+        UsageError: a folder has no results or another layout, or a file that two folders have differs; nothing has been
+            written.
     """
     for given in (folder, *others):
         refuse_remote(given)

@@ -25,7 +25,6 @@ from esegeta_monai.output.report.thumbnails import picture_of
 from esegeta_monai.output.report.viewer3d import HOW_TO_INSTALL, find_niivue
 from esegeta_monai.utils.files import atomic, inside, refuse_remote
 from esegeta_monai.utils.leftovers import remove_leftovers
-from esegeta_monai.utils.names import safe_name
 
 __all__ = ["Written", "report_path", "viewer_context", "write_report"]
 
