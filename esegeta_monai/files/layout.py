@@ -1,12 +1,12 @@
-"""Where the files of a run lie in its output folder: the plain layout, or BIDS derivatives.
+"""Paths of the files of a run in its output folder: the plain layout, or BIDS derivatives.
 
     plain   CASE/CASE_TARGET_METHOD_attr.nii.gz        CASE/CASE_TARGET_mask.nii.gz
     bids    sub-01[/ses-1]/anat/sub-01[_ses-1]_mod-T1w_label-TARGET_desc-METHOD_attr.nii.gz
             sub-01[/ses-1]/anat/sub-01[_ses-1]_label-TARGET_desc-T1w_mask.nii.gz
 
 BIDS (https://bids-specification.readthedocs.io, derivatives) has no suffix for maps of this kind, so ``.bidsignore``
-names ``attr``, with the other files that BIDS does not know. A folder says by its ``dataset_description.json`` that it
-has the layout ``bids``.
+names ``attr``, with the other files that BIDS does not know. The file
+``dataset_description.json`` marks a folder of the layout ``bids``.
 """
 
 from __future__ import annotations
@@ -186,11 +186,11 @@ def _entities(case: str) -> tuple[dict[str, str], str]:
     >>> _entities("patient 7")
     ({'sub': 'patient7'}, '')
     """
-    found = _NAME.search(case)
+    match = _NAME.search(case)
     other = {"sub": _value(case, capitals=False)}, ""
-    if found is None or (found.start() and f"sub-{found[2]}-" not in case[: found.start(1)]):
+    if match is None or (match.start() and f"sub-{match[2]}-" not in case[: match.start(1)]):
         return other
-    parts = found[1].split("_")
+    parts = match[1].split("_")
     pairs = [tuple(part.split("-")) for part in parts if "-" in part]
     entities = {key: value for key, value in pairs}
     if len(entities) < len(pairs) or not set(entities) <= set(ENTITIES):

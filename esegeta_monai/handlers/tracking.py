@@ -81,7 +81,7 @@ def _name(figure: str, target: str, method: str) -> str:
 class Tracker(ABC):
     """A run of a tracking service that results are logged to; a subclass connects another service."""
 
-    def begin(self, engine: Any) -> None:
+    def begin(self, engine: Any) -> None:  # noqa: B027 - a service without a run of its own needs none
         """Find the run, at the beginning of an epoch of an engine.
 
         Raises:

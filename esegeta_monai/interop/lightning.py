@@ -17,8 +17,8 @@ from esegeta_monai.handlers.base import CaseHandler
 
 __all__ = ["ExplanationCallback"]
 
-_FOUND = [optional_import(name, name="Callback") for name in ("lightning.pytorch", "pytorch_lightning")]
-_INSTALLED = [callback for callback, found in _FOUND if found]
+_IMPORTS = [optional_import(name, name="Callback") for name in ("lightning.pytorch", "pytorch_lightning")]
+_INSTALLED = [callback for callback, exists in _IMPORTS if exists]
 _Callback: Any = _INSTALLED[0] if _INSTALLED else object
 
 

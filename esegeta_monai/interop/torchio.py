@@ -167,12 +167,12 @@ def _check_before(transform: Any, history: Sequence[Any], additive: bool) -> Non
 
 
 def _original(torchio: Any, here: Any, given: Any, name: str) -> Any:
-    found = given if given is not None else here.path
-    if found is None:
+    source = given if given is not None else here.path
+    if source is None:
         raise UsageError(
             f"the grid before {name} is not known, since the image was not read from a file: give original="
         )
-    return found if isinstance(found, torchio.Image) else torchio.ScalarImage(found)
+    return source if isinstance(source, torchio.Image) else torchio.ScalarImage(source)
 
 
 def _blank(grid: Any) -> MetaTensor:

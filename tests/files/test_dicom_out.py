@@ -161,8 +161,8 @@ def test_the_standard_is_kept(tmp_path: Path, limit: float) -> None:
     if checker is None:
         pytest.skip("needs dciodvfy: apt-get install dicom3tools")
     for path in paths:
-        said = subprocess.run([checker, "-new", path], capture_output=True, text=True, encoding="utf-8")
-        assert [line for line in (said.stdout + said.stderr).splitlines() if "Error" in line] == []
+        output = subprocess.run([checker, "-new", path], capture_output=True, text=True, encoding="utf-8")
+        assert [line for line in (output.stdout + output.stderr).splitlines() if "Error" in line] == []
 
 
 def test_the_same_content_gets_the_same_identifiers(tmp_path: Path) -> None:

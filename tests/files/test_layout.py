@@ -1,4 +1,4 @@
-"""The layout of BIDS derivatives: names, what reads a folder, and what the validator says."""
+"""The layout of BIDS derivatives: names, commands that read a folder, and the validator's errors."""
 
 from __future__ import annotations
 

@@ -194,11 +194,11 @@ def test_the_layout_of_bids(scans: list[Path], tmp_path: Path) -> None:
         engine = evaluator(scans, Small())
         handler(tmp_path / layout, methods=["Saliency"], layout=layout).attach(engine)
         engine.run()
-    found = {p.name: p for p in (tmp_path / "bids").glob("sub-*/anat/*_desc-Saliency_attr.nii.gz")}
-    assert len(found) == len(maps(tmp_path / "plain")) > 0
+    written = {p.name: p for p in (tmp_path / "bids").glob("sub-*/anat/*_desc-Saliency_attr.nii.gz")}
+    assert len(written) == len(maps(tmp_path / "plain")) > 0
     for path in (tmp_path / "plain").rglob("*_attr.nii.gz"):
         case, target = path.name.split("_")[:2]
-        twin = found[f"sub-{case}_label-{target.replace('-c', 'C')}_desc-Saliency_attr.nii.gz"]
+        twin = written[f"sub-{case}_label-{target.replace('-c', 'C')}_desc-Saliency_attr.nii.gz"]
         assert twin.read_bytes() == path.read_bytes()
     with pytest.raises(UsageError, match="layout='nested'"):
         handler(tmp_path, layout="nested")

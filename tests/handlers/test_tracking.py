@@ -55,13 +55,13 @@ def test_maps_pictures_and_figures_are_logged(scans: list[Path], tmp_path: Path)
     assert names == {p.relative_to(tmp_path / "out").as_posix() for p in tracked_files(tmp_path / "out")}
     (path,) = (tmp_path / "out").rglob("alpha*_attr.nii.gz")
     assert client.artifacts[f"r:explanations/epoch1/alpha/{path.name}"] == path.read_bytes()
-    found = figures(tmp_path / "out")
+    means = figures(tmp_path / "out")
     values = [record["value"] for record in records(tmp_path / "out").values()]
-    assert found["explanation/maps"] == 2
-    assert found["explanation/value/MultiClassMask-class1/Saliency"] == pytest.approx(sum(values) / 2)
+    assert means["explanation/maps"] == 2
+    assert means["explanation/value/MultiClassMask-class1/Saliency"] == pytest.approx(sum(values) / 2)
     with open(tmp_path / "out" / "metrics.csv", encoding="utf-8") as file:
         rows = [float(row["value"]) for row in csv.DictReader(file)]
-    assert found["explanation/Sparseness/MultiClassMask-class1/Saliency"] == pytest.approx(sum(rows) / 2)
+    assert means["explanation/Sparseness/MultiClassMask-class1/Saliency"] == pytest.approx(sum(rows) / 2)
     assert client.metrics["explanation/failed"] == (0.0, 1)
 
 
@@ -71,8 +71,8 @@ def test_what_shows_the_patient_is_not_logged(tmp_path: Path) -> None:
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("", encoding="utf-8")
-    found = [p.relative_to(tmp_path).as_posix() for p in tracked_files(tmp_path)]
-    assert found == ["a/a_t_M_attr.nii.gz", "sub-1/anat/sub-1_desc-M_attr.nii.gz"]
+    names = [p.relative_to(tmp_path).as_posix() for p in tracked_files(tmp_path)]
+    assert names == ["a/a_t_M_attr.nii.gz", "sub-1/anat/sub-1_desc-M_attr.nii.gz"]
 
 
 def test_a_service_that_fails_does_not_end_the_run(
@@ -135,7 +135,7 @@ def test_mlflow_needs_a_run(scans: list[Path], tmp_path: Path) -> None:  # noqa:
 def test_wandb_offline(scans: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     wandb = pytest.importorskip("wandb", reason='needs Weights & Biases: pip install "esegeta-monai[wandb]"')
     monkeypatch.setenv("WANDB_SILENT", "true")
-    with pytest.raises(UsageError, match="there is no run: call wandb.init"):
+    with pytest.raises(UsageError, match=r"there is no run: call wandb\.init"):
         WandbTracker().begin(None)
     run = wandb.init(project="test", mode="offline", dir=tmp_path)
     seen: list[Any] = []

@@ -90,12 +90,12 @@ def test_maps_are_those_of_the_ignite_handler(scans: list[Path], tmp_path: Path)
         engine = evaluator(scans, network)
         handler(tmp_path / "ignite" / str(epoch)).attach(engine)
         engine.run()
-        expected, found = maps(tmp_path / "ignite" / str(epoch)), maps(tmp_path / "lightning" / str(epoch))
-        assert set(found) == set(expected)
-        assert len(found) == 6
+        expected, written = maps(tmp_path / "ignite" / str(epoch)), maps(tmp_path / "lightning" / str(epoch))
+        assert set(written) == set(expected)
+        assert len(written) == 6
         for name, values in expected.items():
             assert values.any()
-            assert (found[name] == values).all()
+            assert (written[name] == values).all()
         assert set(statuses(tmp_path / "lightning" / str(epoch)).values()) == {"ok"}
     first, last = (maps(tmp_path / "lightning" / str(epoch)) for epoch in (1, 2))
     assert any((first[name] != last[name]).any() for name in first)
