@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import SpatialResample
@@ -187,9 +188,9 @@ def _interpolated(now: Any, grid: Any) -> Tensor:
 
 def _to_grid(now: Any, grid: Any, mode: str, spread: bool) -> Tensor:
     """Return an additive map (C, W, H, D) on another grid (C, *grid), by the trace of MONAI's same resampling."""
-    resample = SpatialResample(mode=mode, padding_mode="border", dtype=torch.float64)
+    resample = SpatialResample(mode=mode, padding_mode="border", dtype=np.float64)
     affine = torch.as_tensor(now.affine)
-    there = resample(_blank(grid), dst_affine=affine, spatial_size=now.spatial_shape)
+    there: Any = resample(_blank(grid), dst_affine=affine, spatial_size=now.spatial_shape)
     values = MetaTensor(now.data, affine=affine, applied_operations=there.applied_operations)
     return invert_attribution(values, spread=spread).as_tensor()
 
@@ -274,9 +275,10 @@ class GridWindows:
         places, total = self.places(inputs.shape[2:]), None
         sums = torch.zeros(inputs.shape[2:], dtype=inputs.dtype, device=inputs.device)
         for place in places:
-            out = network(inputs[(..., *place)], *args, **kwargs)
+            where: Any = (..., *place)
+            out = network(inputs[where], *args, **kwargs)
             whole = torch.zeros(*out.shape[:2], *inputs.shape[2:], dtype=out.dtype, device=out.device)
-            whole[(..., *place)] = out * weights
+            whole[where] = out * weights
             total = whole if total is None else total + whole
             sums[place] += weights
         assert total is not None
