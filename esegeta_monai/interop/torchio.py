@@ -204,30 +204,27 @@ class GridWindows:
     Args:
         patch_size: size of a window (W, H, D), or one number.
         patch_overlap: overlap of neighbouring windows, even numbers.
-        overlap_mode: ``"average"`` or ``"hann"``; the aggregator's ``"crop"`` weights each window in another way and
-            is refused.
+        overlap_mode: ``"average"``, ``"hann"`` or ``"crop"``, as the aggregator's.
         batch_size: windows per forward pass.
 
     Raises:
         UsageError: another mode, or TorchIO is not installed.
 
-    >>> GridWindows(64, 8, "crop")
+    >>> GridWindows(64, 8, "mean")
     Traceback (most recent call last):
         ...
-    esegeta_monai.errors.UsageError: overlap_mode='crop': give 'average' or 'hann'; 'crop' weights windows differently
+    esegeta_monai.errors.UsageError: overlap_mode='mean': give 'average', 'hann' or 'crop'
     """
 
     def __init__(
         self,
         patch_size: int | Sequence[int],
         patch_overlap: int | Sequence[int] = 0,
-        overlap_mode: Literal["average", "hann"] = "average",
+        overlap_mode: Literal["average", "hann", "crop"] = "average",
         batch_size: int = 4,
     ) -> None:
-        if overlap_mode not in ("average", "hann"):
-            raise UsageError(
-                f"overlap_mode={overlap_mode!r}: give 'average' or 'hann'; 'crop' weights windows differently"
-            )
+        if overlap_mode not in ("average", "hann", "crop"):
+            raise UsageError(f"overlap_mode={overlap_mode!r}: give 'average', 'hann' or 'crop'")
         _torchio()
         self.patch_size, self.patch_overlap = _three(patch_size), _three(patch_overlap)
         self.overlap_mode, self.sw_batch_size = overlap_mode, batch_size
@@ -248,6 +245,20 @@ class GridWindows:
             tuple(slice(int(a), int(b)) for a, b in zip(row[:3], row[3:], strict=True)) for row in sampler.locations
         )
 
+    def owned(self, spatial_shape: Sequence[int]) -> tuple[tuple[slice, ...], ...]:
+        """Return for each window the box in which the aggregator keeps its output; empty: everywhere.
+
+        ``"crop"`` cuts half of the overlap where a window has a neighbour, and later windows replace earlier ones.
+        """
+        if self.overlap_mode != "crop":
+            return ()
+        places, boxes = self.places(spatial_shape), list[dict[int, slice]]()
+        for axis, n in enumerate(spatial_shape):
+            starts = sorted({place[axis].start for place in places})
+            kept = [start and start + self.patch_overlap[axis] // 2 for start in starts]
+            boxes.append({s: slice(a, b) for s, a, b in zip(starts, kept, [*kept[1:], n], strict=True)})
+        return tuple(tuple(box[s.start] for box, s in zip(boxes, place, strict=True)) for place in places)
+
     def importance(self, dtype: torch.dtype) -> Tensor:
         """Return the weights of a window's voxels (W, H, D)."""
         weights = torch.ones(self.patch_size, dtype=dtype)
@@ -267,6 +278,7 @@ class GridWindows:
             ((0, 0),) * 3,
             importance=self.importance(dtype),
             batch_size=self.sw_batch_size,
+            owned=self.owned(spatial_shape),
         )
 
     def __call__(self, inputs: Tensor, network: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
@@ -274,13 +286,15 @@ class GridWindows:
         weights = self.importance(inputs.dtype).to(inputs.device)
         places, total = self.places(inputs.shape[2:]), None
         sums = torch.zeros(inputs.shape[2:], dtype=inputs.dtype, device=inputs.device)
-        for place in places:
+        for place, box in zip(places, self.owned(inputs.shape[2:]) or places, strict=True):
             where: Any = (..., *place)
             out = network(inputs[where], *args, **kwargs)
             whole = torch.zeros(*out.shape[:2], *inputs.shape[2:], dtype=out.dtype, device=out.device)
-            whole[where] = out * weights
+            inner: Any = (..., *(slice(b.start - p.start, b.stop - p.start) for b, p in zip(box, place, strict=True)))
+            kept: Any = (..., *box)
+            whole[kept] = (out * weights)[inner]
             total = whole if total is None else total + whole
-            sums[place] += weights
+            sums[kept] += weights[inner]
         assert total is not None
         return total / sums
 

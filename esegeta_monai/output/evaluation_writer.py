@@ -21,7 +21,7 @@ from esegeta_monai.methods.base import Method
 from esegeta_monai.targets.base import Target
 from esegeta_monai.utils.csv_text import csv_text, plain_rows
 from esegeta_monai.utils.distributed import Processes, Share
-from esegeta_monai.utils.files import inside, write_json
+from esegeta_monai.utils.files import refuse_link_out, write_json
 from esegeta_monai.utils.leftovers import remove_leftovers
 from esegeta_monai.utils.registry import json_ready
 from esegeta_monai.utils.whole_files import check_sources
@@ -116,6 +116,7 @@ class EvaluationWriter:
         Raises:
             EsegetaError: the case cannot be explained at all.
         """
+        refuse_link_out(Layout.of(self.output_dir).beside(case, "").parent, self.output_dir)
         check_sources(image, more.get("data"))
         parts = self.ranks.part(self.share, self.methods, self.targets)
 
@@ -155,6 +156,7 @@ class EvaluationWriter:
             if row["beats_controls"] is False:
                 self.not_beating.append(f"{case}: {row['target']}, {row['method']}, {row['metric']}")
         place = Layout.of(self.output_dir)
+        refuse_link_out(place.beside(case, "").parent, self.output_dir)
         region_rows = [{c: row.get(c) for c in REGION_COLUMNS} for row in result.regions]
         _write_text(place.beside(case, "regions.csv"), csv_text(REGION_COLUMNS, region_rows))
         write_json(place.beside(case, "regions.json"), {"case": case, "regions": region_rows})
@@ -242,8 +244,7 @@ class EvaluationWriter:
 
     def _earlier(self) -> list[dict[str, Any]]:
         """Return the rows of the existing table, see `read_table`."""
-        if self.path.is_file() and not inside(self.path, self.output_dir):
-            raise UsageError(f"{self.path} is a link to another folder: remove it, or choose another folder")
+        refuse_link_out(self.path, self.output_dir)
         return read_table(self.path)
 
 
