@@ -84,6 +84,11 @@ def add_explain(parser: ArgumentParser) -> None:
         help="also write where the folds of an ensemble, and its mirrored views, agree: their standard deviation as a "
         "map, and figures in the record and report (takes the passes up to twice more)",
     )
+    parser.add_argument(
+        "--layout",
+        choices=["plain", "bids"],
+        help="'bids': a folder of BIDS derivatives (default: as the folder is, 'plain' for a new one)",
+    )
     parser.add_argument("--report", action="store_true", help="write the HTML report at the end")
     add_network(parser)
     add_head(parser)
