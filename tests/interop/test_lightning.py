@@ -128,7 +128,9 @@ def test_epochs_and_cases_are_the_handlers(scans: list[Path], tmp_path: Path) ->
 
 def test_validation_alone_and_evaluation(scans: list[Path], tmp_path: Path) -> None:
     pl = lightning()
-    judge = EvaluationHandler("Saliency", "MultiClassMask(1)", tmp_path / "out", metrics="Sparseness", controls=False)
+    judge = EvaluationHandler(
+        ["Saliency"], targets="MultiClassMask(1)", output_dir=tmp_path / "out", metrics="Sparseness", controls=False
+    )
     explain = callback(handler(tmp_path / "out", methods=["Saliency"]), judge)
     trainer(pl, tmp_path, explain).validate(module(pl), loader(scans), verbose=False)
     assert len(maps(tmp_path / "out")) == 2
