@@ -163,8 +163,10 @@ _NUMBER = "_esegeta_number"
 class _Recorder(TorchFunctionMode):
     """The mode that records operations on everything computed from the window."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, limit: int) -> None:
         super().__init__()
+        self.kept: dict[int, Tensor] | None = {}
+        self.kept_bytes, self.limit = 0, limit
         self.steps: list[Step] = []
         self.shapes: list[tuple[int, ...]] = []
         self.item_sizes: list[int] = []
@@ -197,7 +199,16 @@ class _Recorder(TorchFunctionMode):
         self.item_sizes.append(tensor.element_size())
         setattr(tensor, _NUMBER, (self._token, number))
         self._memory.setdefault(_memory(tensor), set()).add(number)
+        self._keep(number, tensor)
         return number
+
+    def _keep(self, number: int, tensor: Tensor) -> None:
+        """Keep a tensor, or none at all if there would be too much."""
+        if self.kept is not None:
+            self.kept_bytes += tensor.nbytes
+            self.kept[number] = tensor.detach()
+            if self.kept_bytes > self.limit:
+                self.kept = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -219,10 +230,15 @@ class _Recorder(TorchFunctionMode):
         operation = self._operation(name, func, args, kwargs, in_place, operands)
         self._check(operation)
         target: Any = (args[0] if args else next(iter(kwargs.values()))) if in_place else None
+        before = self._memory.get(_memory(target), set()).copy() if target is not None else set()
+        for number in before:  # views share the memory that is written to
+            if self.kept is not None and number in self.kept:
+                self._keep(number, self.kept[number].clone())
         result = func(*args, **kwargs)
         if name == "type" and isinstance(result, str):
             return result
-        self._append(operation, numbers, operands, target if in_place else result, in_place)
+        self._append(operation, numbers, operands, target if in_place else result)
+        self._stale |= before
         return result
 
     def _operands(self, name: str, args: Any, kwargs: Any) -> tuple[list[int], list[Tensor]]:
@@ -280,16 +296,14 @@ class _Recorder(TorchFunctionMode):
             raise self.refuse(f"the network reads values to decide what it computes ({name!r})")
 
     def _append(
-        self, operation: Operation, numbers: Sequence[int], operands: Sequence[Tensor], result: Any, in_place: bool
+        self, operation: Operation, numbers: Sequence[int], operands: Sequence[Tensor], result: Any
     ) -> None:
         """Append an operation whose result has been computed."""
         tensors: list[Tensor] = []
         map_tensors(tensors.append, result)
         if not tensors or (not isinstance(result, (Tensor, tuple, list))):
             raise self.refuse(f"the network reads values to decide what it computes ({operation.name!r})")
-        before = self._memory.get(_memory(tensors[0]), set()).copy() if in_place else set()
         results = [self.enter(t) for t in tensors]
-        self._stale |= before
         call = Call(operation, tuple(operands), tuple(tensors[0].shape))
         if operation.name in SPLITS:
             for i, (number, local) in enumerate(zip(results, pieces(call, tensors))):
@@ -315,21 +329,24 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def record(run: Callable[[Tensor], Tensor], window: Tensor, module: nn.Module) -> tuple[Tape, Tensor]:
+def record(
+    run: Callable[[Tensor], Tensor], window: Tensor, module: nn.Module, limit: int = 0
+) -> tuple[Tape, Tensor, dict[int, Tensor] | None]:
     """Record one pass of a network.
 
     Args:
         run: computes the output (1, R, *out_roi) of a window; calls the network once.
         window: (1, C, *roi).
         module: the network, whose parameters and buffers are constants.
+        limit: largest number of bytes to keep of the pass.
 
     Returns:
-        The tape, and the output.
+        The tape, the output, and the tensors ``tape.cached`` of this pass (None: all tensors exceed the limit).
 
     Raises:
         NotLocal: the pass could differ for another window in a way that the tape does not follow.
     """
-    recorder = _Recorder(module)
+    recorder = _Recorder(module, limit)
     # with gradients, a tensor that the mode has not seen shows that it depends on the window; nothing is kept for them
     with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(_drop, _never):
         x = window.clone().requires_grad_(True).clone()
@@ -342,7 +359,8 @@ def record(run: Callable[[Tensor], Tensor], window: Tensor, module: nn.Module) -
     if number is None:
         raise NotLocal("code that a function mode cannot see (TorchScript, a compiled or custom function)")
     tape = Tape(recorder.steps, recorder.shapes, recorder.item_sizes, number)
-    return tape, out.detach()
+    kept = None if recorder.kept is None else {i: recorder.kept[i] for i in tape.cached}
+    return tape, out.detach(), kept
 
 
 def _drop(tensor: Tensor) -> None:
