@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -447,7 +448,7 @@ def pooled_products(sight: Sight) -> Tensor:
 
 
 def second_order(sight: Sight) -> Tensor:
-    """Grad-CAM with ``g − ½ H A`` in place of g, by double backward through the inferer."""
+    """Grad-CAM with ``g − ½ H A`` in place of g, by double backward through the inferer. A is 0 at class tokens."""
     module, kept = sight.network.get_submodule(sight.layer), []
     handle = module.register_forward_hook(lambda m, i, o: kept.append(o) or o.clone())
     score = sight.F(sight.image.clone().requires_grad_(True))
@@ -456,7 +457,12 @@ def second_order(sight: Sight) -> Tensor:
     curved = [g for g in gradients if g.requires_grad]
     products = [None] * len(kept)
     if curved:
-        products = torch.autograd.grad(curved, kept, [a.detach() for a in kept][: len(curved)], allow_unused=True)
+        positions = math.prod(sight.s.roi) // 4 ** len(sight.s.roi)  # of tokens: those before them are no positions
+        along = [a.detach().clone() for a in kept][: len(curved)]
+        for a in along:
+            if a.ndim == 3:
+                a[:, : a.shape[1] - positions] = 0
+        products = torch.autograd.grad(curved, kept, along, allow_unused=True)
     weights = [g.detach() if h is None else g.detach() - h / 2 for g, h in zip(gradients, products)]
     return sight.s.blend(_flat(sight.s.as_map(torch.cat(weights))).sum(1) / sight.positions)
 
