@@ -52,9 +52,7 @@ class WindowedNetwork:
         """Windows per forward pass."""
         return self.context.window_batch or self.plan.batch_size
 
-    def run(
-        self, x: Tensor, windows: Sequence[int], *, all_channels: bool = False, counted: bool = True
-    ) -> Tensor:
+    def run(self, x: Tensor, windows: Sequence[int], *, all_channels: bool = False, counted: bool = True) -> Tensor:
         """Run the network on windows.
 
         Args:

@@ -1,8 +1,8 @@
 """Repeat a part of a pass: the boxes that a perturbation changes, cut with those that the target needs.
 
-    forward:   changed(result) = places whose operands meet a computed box
-    backward:  needed(operand) = places that the needed box of a result depends on
-    computed:  changed ∩ needed, from the computed boxes of the operands pasted into the unperturbed tensors
+forward:   changed(result) = places whose operands meet a computed box
+backward:  needed(operand) = places that the needed box of a result depends on
+computed:  changed ∩ needed, from the computed boxes of the operands pasted into the unperturbed tensors
 """
 
 from __future__ import annotations

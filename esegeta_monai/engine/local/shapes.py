@@ -17,7 +17,8 @@ from esegeta_monai.engine.local.operation import Call, Local
 from esegeta_monai.engine.local.reach import Axis, Box, Moved, Part, Ranges, Reach
 from esegeta_monai.engine.rules.operations import Slot
 
-__all__ = ["cat", "expand", "flip", "getitem", "narrow", "permute", "piece", "pixel_shuffle", "reshape", "roll", "select"]
+__all__ = ["cat", "expand", "flip", "getitem", "narrow", "permute", "piece", "pixel_shuffle"]
+__all__ += ["repeat", "reshape", "roll", "select"]
 
 
 def _lengths(box: Box) -> tuple[int, ...]:
@@ -163,6 +164,11 @@ def roll(call: Call) -> Local | None:
     for shift, dim in zip(shifts, dims):
         axis = dim % len(call.shape)
         at[axis] = np.roll(at.get(axis, np.arange(call.shape[axis])), shift)
+    return _indexed(call, at)
+
+
+def _indexed(call: Call, at: dict[int, np.ndarray]) -> Local:
+    """Return the operation that takes positions of the operand along some axes."""
     axes: list[tuple[int, Axis] | Part] = [
         (i, Ranges(at[i], at[i] + 1)) if i in at else (i, Moved(n, n)) for i, n in enumerate(call.shape)
     ]
@@ -176,6 +182,14 @@ def roll(call: Call) -> Local | None:
         return x
 
     return Local((Reach(call.out_shape, axes),), compute)
+
+
+def repeat(call: Call) -> Local | None:
+    """`Tensor.repeat` and `torch.tile`, of as many axes as the operand has."""
+    if len(call.shape) != len(call.out_shape):
+        return None
+    lengths = zip(call.shape, call.out_shape)
+    return _indexed(call, {i: np.arange(out) % n for i, (n, out) in enumerate(lengths) if n != out})
 
 
 def expand(call: Call) -> Local | None:

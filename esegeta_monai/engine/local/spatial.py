@@ -146,9 +146,7 @@ def max_pool(call: Call) -> Local | None:
     if d is None or op.argument("return_indices") or not call.operands[0].is_floating_point():
         return None
     size, stride = op.argument("kernel_size"), op.argument("stride")
-    at = _Strided(
-        call.shape, call.out_shape, size, stride, op.argument("padding", 0), op.argument("dilation", 1)
-    )
+    at = _Strided(call.shape, call.out_shape, size, stride, op.argument("padding", 0), op.argument("dilation", 1))
 
     def compute(parts: Sequence[Tensor | None], box: Box, boxes: Sequence[Box]) -> Tensor:
         pooled: Tensor = MAX_POOL[d](parts[0], at.size, at.stride, 0, at.dilation)
@@ -271,11 +269,10 @@ def _line(call: Call, axis: int, mode: str) -> Tensor:
             options[name] = op.argument(name)
     size, scale = op.argument("size"), op.argument("scale_factor")
     pick = _picker(axis)
-    flat = mode in ("bicubic",) or bool(op.argument("antialias"))
-    if flat:
+    if mode == "bicubic" or op.argument("antialias"):  # there is none in one dimension
         options["antialias"] = bool(op.argument("antialias"))
-        sizes = {"size": (pick(size), 1)} if size is not None else {"scale_factor": (pick(scale), 1.0)}
-        return F.interpolate(unit[None, :, :, None], mode=mode, **sizes, **options)[0, :, :, 0].T
+        sizes = {"size": (n, pick(size))} if size is not None else {"scale_factor": (1.0, pick(scale))}
+        return F.interpolate(unit[None, None], mode=mode, **sizes, **options)[0, 0].T
     mode = "linear" if mode.endswith("linear") else mode
     one = {"size": pick(size)} if size is not None else {"scale_factor": pick(scale)}
     return F.interpolate(unit[None], mode=mode, **one, **options)[0].T
@@ -302,8 +299,7 @@ def pad(call: Call) -> Local | None:
     if mode != "constant":
         return _pad_by_index(call, sides, mode)
     axes: list[tuple[int, Axis] | Part] = [
-        (i, Moved(n, out, -before))
-        for i, ((before, _), n, out) in enumerate(zip(sides, call.shape, call.out_shape))
+        (i, Moved(n, out, -before)) for i, ((before, _), n, out) in enumerate(zip(sides, call.shape, call.out_shape))
     ]
 
     def border(box: Box, part: Box) -> Border:

@@ -79,16 +79,27 @@ def _plain(call: Call, reach: Reach, whole_axes: tuple[int, ...] = (), cost: flo
 def _per_channel(call: Call) -> Local | None:
     """Operations with one constant per channel: PReLU, batch norm and instance norm with stored statistics."""
     op = call.operation
+    if len(call.operands) != 1 or len(call.shape) < 2:
+        return None
     if op.name == "instance_norm" and op.argument("use_input_stats", True):
         return None
-    axes = (1,) if len(call.shape) > 1 else ()
-    return _plain(call, in_place_of(call.shape, axes), axes)
+
+    def compute(parts: Sequence[Tensor | None], box: Box, boxes: Sequence[Box]) -> Tensor:
+        start, stop = box[1]
+
+        def cut(constant: Tensor) -> Tensor:
+            return constant if constant.numel() == 1 else constant[start:stop]
+
+        return _called(op, map_tensors(cut, op.args), map_tensors(cut, op.kwargs), parts)
+
+    return Local((in_place_of(call.shape),), compute)
 
 
 def _layer_norm(call: Call) -> Local | None:
-    """Norms over the last axes: local if these are channels, the whole tensor if they are space."""
-    n = len(call.operation.argument("normalized_shape"))
-    axes = tuple(range(len(call.shape) - n, len(call.shape)))
+    """Norms over the last axis, that of channels; over several axes they look at space."""
+    if len(call.operation.argument("normalized_shape")) > 1:
+        return None
+    axes = (len(call.shape) - 1,)
     return _plain(call, in_place_of(call.shape, axes), axes)
 
 
@@ -154,6 +165,7 @@ _ROWS: dict[str, Callable[[Call], Local | None]] = {
     "flip": shapes.flip,
     "roll": shapes.roll,
     "pixel_shuffle": shapes.pixel_shuffle,
+    **dict.fromkeys(("repeat", "tile"), shapes.repeat),
     **dict.fromkeys(("expand", "expand_as", "broadcast_to"), shapes.expand),
     **dict.fromkeys(("permute", "transpose", "movedim", "t"), shapes.permute),
     **dict.fromkeys(

@@ -295,9 +295,7 @@ class _Recorder(TorchFunctionMode):
         if index or (name == "where" and len(operation.args) + len(operation.kwargs) == 1):
             raise self.refuse(f"the network reads values to decide what it computes ({name!r})")
 
-    def _append(
-        self, operation: Operation, numbers: Sequence[int], operands: Sequence[Tensor], result: Any
-    ) -> None:
+    def _append(self, operation: Operation, numbers: Sequence[int], operands: Sequence[Tensor], result: Any) -> None:
         """Append an operation whose result has been computed."""
         tensors: list[Tensor] = []
         map_tensors(tensors.append, result)
