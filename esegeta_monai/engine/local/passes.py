@@ -62,11 +62,13 @@ class LocalPasses:
 
     Attributes:
         reason: why passes are plain; None: they may be computed in parts.
+        largest_share: largest share of work at which a perturbation is computed in parts.
     """
 
     def __init__(self, objective: Objective, measure: Measure) -> None:
         self.objective, self.measure = objective, measure
         self.reason = _unsuitable(objective)
+        self.largest_share = LARGEST_SHARE
         self._known: dict[str, Tape | str] = objective.memo("recorded pass", dict)
         self._window: int | None = None
         self._input: tuple[int, Tensor] | None = None
@@ -245,10 +247,10 @@ class LocalPasses:
         share = work / (tape.cost + PLAIN_STEP * len(tape.steps))
         if len(self._shares) < FIRST:
             self._shares.append(share)
-            if len(self._shares) == FIRST and min(self._shares) > LARGEST_SHARE:
+            if len(self._shares) == FIRST and min(self._shares) > self.largest_share:
                 least = f"{100 * min(1.0, min(self._shares)):.0f} %"
                 self._give_up(f"the first perturbations need at least {least} of the work of a plain pass")
-        return plan if share <= LARGEST_SHARE else None
+        return plan if share <= self.largest_share else None
 
     def _unperturbed_input(self, window: int) -> Tensor:
         if self._window == window:

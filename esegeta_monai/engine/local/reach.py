@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["Axis", "Box", "Interval", "Moved", "Part", "Reach", "Ranges", "Spread", "hull", "meet", "whole"]
+__all__ = ["Axis", "Box", "Interval", "Moved", "Part", "Ranges", "Reach", "Spread", "hull", "meet", "whole"]
 __all__ += ["contains", "volume"]
 
 Interval = tuple[int, int]

@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 
 from esegeta_monai.engine.local.operation import Call, Local
-from esegeta_monai.engine.local.reach import Box, volume, whole
+from esegeta_monai.engine.local.reach import volume, whole
 from esegeta_monai.engine.local.table import SPLITS, local_of, pieces
 from esegeta_monai.engine.rules.kinds import DIFFERENTIATES, LIKE
 from esegeta_monai.engine.rules.mode import is_in_place
@@ -26,13 +26,17 @@ from esegeta_monai.utils.upstream import active_transform, is_view
 
 __all__ = ["NotLocal", "Step", "Tape", "record"]
 
-_RANDOM = frozenset(
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_RANDOM = _words(
     """rand randn randint randperm rand_like randn_like randint_like bernoulli multinomial normal uniform poisson
-    exponential geometric cauchy log_normal random gumbel_softmax fractional_max_pool""".split()
+    exponential geometric cauchy log_normal random gumbel_softmax fractional_max_pool"""
 )
-_READS = frozenset(
+_READS = _words(
     """item tolist numpy __array__ __bool__ __float__ __int__ __index__ __complex__ __contains__ is_nonzero nonzero
-    argwhere masked_select unique unique_consecutive bincount allclose equal one_hot""".split()
+    argwhere masked_select unique unique_consecutive bincount allclose equal one_hot"""
 )
 """Operations whose result, or its shape, depends on values that a perturbation may change."""
 
@@ -289,7 +293,7 @@ class _Recorder(TorchFunctionMode):
         if name == "batch_norm" and (operation.argument("training") or operation.argument("running_mean") is None):
             raise self.refuse("batch norm takes its statistics from the batch")
         training = operation.argument("training", operation.argument("train", "dropout" in name))
-        if training or operation.argument("dropout_p", 0.0) > 0 and name == "scaled_dot_product_attention":
+        if training or (operation.argument("dropout_p", 0.0) > 0 and name == "scaled_dot_product_attention"):
             raise self.refuse(f"{name!r} is random, as it is called for training")
         index = name == "getitem" and any(isinstance(v, Slot) for v in _flat(operation.args[1:]))
         if index or (name == "where" and len(operation.args) + len(operation.kwargs) == 1):

@@ -155,6 +155,6 @@ def test_a_chain_of_strides_needs_no_aligned_box():
         nn.Upsample(scale_factor=1.5, mode="bilinear", align_corners=True),
         nn.AvgPool2d(2, ceil_mode=True),
     )
-    worst, least = worst_difference(chain, (1, 19, 22), size=3)
+    worst, least = worst_difference(chain, (1, 19, 22), size=3, step=2)
     assert worst < 1e-14
     assert least < 0.7

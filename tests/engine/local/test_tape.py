@@ -92,7 +92,7 @@ def test_writes_in_place_keep_what_came_before():
 def test_memory_is_counted_and_bounded():
     network = randomise(nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2), nn.ReLU(), nn.Conv2d(2, 1, 3)))
     x = torch.rand(1, 1, 6, 6, dtype=torch.float64)
-    tape, out, kept = record(network, x, network, limit=8 * (36 + 3 * 72 + 16))
+    tape, _, kept = record(network, x, network, limit=8 * (36 + 3 * 72 + 16))
     assert set(kept) == set(tape.cached)
     assert tape.cache_bytes == 8 * (36 + 72 + 16)  # window, ReLU, output
     assert tape.cache_bytes == sum(t.nbytes for t in kept.values())
