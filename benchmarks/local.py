@@ -144,7 +144,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(args.threads)
     print(f"torch {torch.__version__}, {args.threads} threads, windows of {args.size}³ and 224²")
-    print("| network | target | occluder | share of work | time | plain ms | difference float32, float64 | memory MiB |")
+    print(
+        "| network | target | occluder | share of work | time | plain ms | difference float32, float64 | memory MiB |"
+    )
     print("|---|---|---|---|---|---|---|---|", flush=True)
     for name, make in NETWORKS.items():
         if args.only not in name:

@@ -83,6 +83,12 @@ def add_explain(parser: ArgumentParser) -> None:
         help="also write where the folds of an ensemble, and its mirrored views, agree: their standard deviation as a "
         "map, and figures in the record and report (takes the passes up to twice more)",
     )
+    parser.add_argument(
+        "--no-local",
+        dest="local",
+        action="store_false",
+        help="compute perturbed windows whole, also where a perturbation changes only a part of each layer",
+    )
     parser.add_argument("--report", action="store_true", help="write the HTML report at the end")
     add_network(parser)
     add_head(parser)

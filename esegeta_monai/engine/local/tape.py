@@ -26,6 +26,7 @@ from esegeta_monai.utils.upstream import active_transform, is_view
 
 __all__ = ["NotLocal", "Step", "Tape", "record"]
 
+
 def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 

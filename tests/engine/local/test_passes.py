@@ -98,7 +98,9 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("name", [n if "Net" in n and n[0] in "UM" else pytest.param(n, marks=pytest.mark.slow) for n in NETWORKS])
+@pytest.mark.parametrize(
+    "name", [n if "Net" in n and n[0] in "UM" else pytest.param(n, marks=pytest.mark.slow) for n in NETWORKS]
+)
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-6)])
 def test_scores_equal_plain_passes(name, dtype, bound):
     make, shape, target, size, step = NETWORKS[name]
