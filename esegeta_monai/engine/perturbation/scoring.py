@@ -77,7 +77,10 @@ def _scores(objective: Objective, perturbations: Perturbations) -> Tensor:
     kind = _LinearScorer if objective.linear else _BlendedScorer
     scorer: BatchedScorer = kind(objective, perturbations, True)
     try:
-        return scorer.run()
+        scores = scorer.run()
+        if scorer.local is not None:
+            scorer.local.finish()
+        return scores
     except PartsDiffer as error:
         objective.context.progress.warn(
             f"perturbed windows computed in parts differ from plain passes, which are used instead: {error}"
