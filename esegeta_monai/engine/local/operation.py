@@ -58,7 +58,7 @@ class Local:
     """
 
     reaches: tuple[Reach, ...]
-    compute: Callable[[Sequence[Tensor | None], Box, Sequence[Box]], Tensor]
+    compute: Callable[[Sequence[Any], Box, Sequence[Box]], Tensor]
     cost: float = 1.0
     whole_axes: tuple[int, ...] = ()
     border: Callable[[Box, Box], Border] | None = None

@@ -120,7 +120,7 @@ class LocalPasses:
                 self._give_up("the memory ran out")
         return self._completed(x, [w for _, w in windows], results)
 
-    def _completed(self, x: Tensor, windows: Sequence[int], results: Sequence[Tensor | None]) -> Tensor:
+    def _completed(self, x: Tensor, windows: Sequence[int], results: Sequence[Any]) -> Tensor:
         """Run what is left by plain passes and return all outputs."""
         left = [j for j, result in enumerate(results) if result is None]
         if not left:

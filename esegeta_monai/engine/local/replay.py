@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor
 
-from esegeta_monai.engine.local.reach import Box, contains, hull, meet, volume, whole
+from esegeta_monai.engine.local.reach import Box, Reach, contains, hull, meet, volume, whole
 from esegeta_monai.engine.local.tape import Step, Tape
 
 __all__ = ["Plan", "Planner", "replay"]
@@ -104,8 +104,8 @@ class Planner:
         return Plan(start, tuple(parts), cost / max(tape.cost, 1.0), done.get(tape.output))
 
 
-def _operands(tape: Tape, step: Step) -> list[tuple[int, tuple[int, ...], object]]:
-    reaches = [None] * len(step.operands) if step.local is None else list(step.local.reaches)
+def _operands(tape: Tape, step: Step) -> list[tuple[int, tuple[int, ...], Reach | None]]:
+    reaches: list[Reach | None] = [None] * len(step.operands) if step.local is None else list(step.local.reaches)
     return [(i, tape.shapes[i], reach) for i, reach in zip(step.operands, reaches)]
 
 

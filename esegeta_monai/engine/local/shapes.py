@@ -43,10 +43,10 @@ def _taken(call: Call, picks: Sequence[tuple[int | None, int, int]], steps: Sequ
             at = first + step * np.arange(call.out_shape[out])
             axes.append((out, Ranges(at, at + 1)))
 
-    def compute(parts: Sequence[Tensor | None], box: Box, boxes: Sequence[Box]) -> Tensor:
-        assert parts[0] is not None
+    def compute(parts: Sequence[Any], box: Box, boxes: Sequence[Box]) -> Tensor:
         index = tuple(slice(None, None, step) for step in steps)
-        return parts[0][index].reshape(_lengths(box))
+        x: Tensor = parts[0]
+        return x[index].reshape(_lengths(box))
 
     return Local((Reach(call.out_shape, axes),), compute)
 
@@ -128,9 +128,9 @@ def permute(call: Call) -> Local | None:
         return None
     axes = [(order.index(i), Moved(size, size)) for i, size in enumerate(call.shape)]
 
-    def compute(parts: Sequence[Tensor | None], box: Box, boxes: Sequence[Box]) -> Tensor:
-        assert parts[0] is not None
-        return parts[0].permute(order)
+    def compute(parts: Sequence[Any], box: Box, boxes: Sequence[Box]) -> Tensor:
+        x: Tensor = parts[0]
+        return x.permute(order)
 
     return Local((Reach(call.out_shape, axes),), compute)
 
@@ -146,9 +146,9 @@ def flip(call: Call) -> Local | None:
         at = np.arange(n)[::-1]
         axes.append((i, Ranges(at, at + 1)) if i in flipped else (i, Moved(n, n)))
 
-    def compute(parts: Sequence[Tensor | None], box: Box, boxes: Sequence[Box]) -> Tensor:
-        assert parts[0] is not None
-        return parts[0].flip(sorted(flipped))
+    def compute(parts: Sequence[Any], box: Box, boxes: Sequence[Box]) -> Tensor:
+        x: Tensor = parts[0]
+        return x.flip(sorted(flipped))
 
     return Local((Reach(call.out_shape, axes),), compute)
 
@@ -173,9 +173,8 @@ def _indexed(call: Call, at: dict[int, np.ndarray]) -> Local:
         (i, Ranges(at[i], at[i] + 1)) if i in at else (i, Moved(n, n)) for i, n in enumerate(call.shape)
     ]
 
-    def compute(parts: Sequence[Tensor | None], box: Box, boxes: Sequence[Box]) -> Tensor:
-        x = parts[0]
-        assert x is not None
+    def compute(parts: Sequence[Any], box: Box, boxes: Sequence[Box]) -> Tensor:
+        x: Tensor = parts[0]
         for i, positions in at.items():
             here = positions[box[i][0] : box[i][1]] - boxes[0][i][0]
             x = x.index_select(i, torch.from_numpy(here).to(x.device))
@@ -200,9 +199,9 @@ def expand(call: Call) -> Local | None:
         out = call.out_shape[first + i]
         axes.append((first + i, Moved(n, n)) if n == out else Part(0, 1))
 
-    def compute(parts: Sequence[Tensor | None], box: Box, boxes: Sequence[Box]) -> Tensor:
-        assert parts[0] is not None
-        return parts[0].expand(_lengths(box))
+    def compute(parts: Sequence[Any], box: Box, boxes: Sequence[Box]) -> Tensor:
+        x: Tensor = parts[0]
+        return x.expand(_lengths(box))
 
     return Local((Reach(call.out_shape, axes),), compute)
 
@@ -222,7 +221,7 @@ def cat(call: Call) -> Local | None:
             axes = [(i, Moved(m, call.out_shape[i], -start if i == dim else 0)) for i, m in enumerate(t.shape)]
             reaches[item.index] = Reach(call.out_shape, axes)
 
-    def compute(parts: Sequence[Tensor | None], box: Box, boxes: Sequence[Box]) -> Tensor:
+    def compute(parts: Sequence[Any], box: Box, boxes: Sequence[Box]) -> Tensor:
         found = []
         for item, start in zip(items, starts):
             if isinstance(item, Slot):
@@ -262,8 +261,7 @@ def reshape(call: Call) -> Local | None:
         else:
             wide += outs
 
-    def compute(parts: Sequence[Tensor | None], box: Box, boxes: Sequence[Box]) -> Tensor:
-        assert parts[0] is not None
+    def compute(parts: Sequence[Any], box: Box, boxes: Sequence[Box]) -> Tensor:
         sizes, cuts = list(_lengths(box)), []
         for ins, outs in groups:
             ins, outs = [i for i in ins if call.shape[i] > 1], [o for o in outs if call.out_shape[o] > 1]
@@ -311,8 +309,7 @@ def pixel_shuffle(call: Call) -> Local | None:
         at = np.arange(call.out_shape[i]) // r
         axes.append((i, Ranges(at, at + 1)))
 
-    def compute(parts: Sequence[Tensor | None], box: Box, boxes: Sequence[Box]) -> Tensor:
-        assert parts[0] is not None
+    def compute(parts: Sequence[Any], box: Box, boxes: Sequence[Box]) -> Tensor:
         x = torch.nn.functional.pixel_shuffle(parts[0], r)
         for i in (2, 3):
             x = x.narrow(i, box[i][0] - boxes[0][i][0] * r, box[i][1] - box[i][0])

@@ -96,7 +96,7 @@ def conv(call: Call) -> Local | None:
         padding = tuple(dil * (k - 1) // 2 for dil, k in zip(_each(dilation, d), size))
     at = _Strided(call.shape, call.out_shape, size, stride, padding, dilation)
 
-    def compute(parts: Sequence[Tensor | None], box: Box, boxes: Sequence[Box]) -> Tensor:
+    def compute(parts: Sequence[Any], box: Box, boxes: Sequence[Box]) -> Tensor:
         return CONV[d](parts[0], weight, bias, at.stride, 0, at.dilation, groups)
 
     cost = float(weight[0].numel())
@@ -126,7 +126,7 @@ def conv_transpose(call: Call) -> Local | None:
             amounts.append((max(0, -((start - first) // s)), max(0, -((last - (stop - 1)) // s))))
         return amounts, 0.0
 
-    def compute(parts: Sequence[Tensor | None], box: Box, boxes: Sequence[Box]) -> Tensor:
+    def compute(parts: Sequence[Any], box: Box, boxes: Sequence[Box]) -> Tensor:
         out = CONV_TRANSPOSE[d](parts[0], weight, bias, stride, 0, 0, groups, dilation)
         amounts, _ = border(box, boxes[0])
         for i in range(d):
@@ -148,7 +148,7 @@ def max_pool(call: Call) -> Local | None:
     size, stride = op.argument("kernel_size"), op.argument("stride")
     at = _Strided(call.shape, call.out_shape, size, stride, op.argument("padding", 0), op.argument("dilation", 1))
 
-    def compute(parts: Sequence[Tensor | None], box: Box, boxes: Sequence[Box]) -> Tensor:
+    def compute(parts: Sequence[Any], box: Box, boxes: Sequence[Box]) -> Tensor:
         pooled: Tensor = MAX_POOL[d](parts[0], at.size, at.stride, 0, at.dilation)
         return pooled
 
@@ -171,9 +171,8 @@ def avg_pool(call: Call) -> Local | None:
         last = np.minimum(first + at.size[i], n + p)
         counts.append(last - first if include else last.clip(0, n) - first.clip(0, n))
 
-    def compute(parts: Sequence[Tensor | None], box: Box, boxes: Sequence[Box]) -> Tensor:
-        part = parts[0]
-        assert part is not None
+    def compute(parts: Sequence[Any], box: Box, boxes: Sequence[Box]) -> Tensor:
+        part: Tensor = parts[0]
         here = [c[start:stop] for c, (start, stop) in zip(counts, box[2:])]
         if divisor or all(len(set(c.tolist())) == 1 for c in here):
             over = divisor or math.prod(int(c[0]) for c in here)
@@ -206,9 +205,8 @@ def adaptive_pool(call: Call, maximum: bool) -> Local | None:
         at = np.arange(m)
         bins.append((at * n // m, -(-(at + 1) * n // m)))
 
-    def compute(parts: Sequence[Tensor | None], box: Box, boxes: Sequence[Box]) -> Tensor:
-        x = parts[0]
-        assert x is not None
+    def compute(parts: Sequence[Any], box: Box, boxes: Sequence[Box]) -> Tensor:
+        x: Tensor = parts[0]
         for i, (lo, hi) in enumerate(bins):
             (start, stop), first, axis = box[2 + i], boxes[0][2 + i][0], 2 + i
             sides = [(int(a) - first, int(b) - first) for a, b in zip(lo[start:stop], hi[start:stop])]
@@ -243,9 +241,8 @@ def interpolate(call: Call) -> Local | None:
         axes.append((2 + i, Ranges(used.argmax(1), n - used[:, ::-1].argmax(1))))
     picks = mode.startswith("nearest")
 
-    def compute(parts: Sequence[Tensor | None], box: Box, boxes: Sequence[Box]) -> Tensor:
-        x = parts[0]
-        assert x is not None
+    def compute(parts: Sequence[Any], box: Box, boxes: Sequence[Box]) -> Tensor:
+        x: Tensor = parts[0]
         for i, matrix in enumerate(matrices):
             (start, stop), (lo, hi) = box[2 + i], boxes[0][2 + i]
             here = matrix[start:stop, lo:hi]
@@ -309,9 +306,9 @@ def pad(call: Call) -> Local | None:
         ]
         return found, float(value)
 
-    def compute(parts: Sequence[Tensor | None], box: Box, boxes: Sequence[Box]) -> Tensor:
-        assert parts[0] is not None
-        return parts[0]
+    def compute(parts: Sequence[Any], box: Box, boxes: Sequence[Box]) -> Tensor:
+        x: Tensor = parts[0]
+        return x
 
     return Local((Reach(call.out_shape, axes),), compute, 1.0, (), border)
 
@@ -329,9 +326,8 @@ def _pad_by_index(call: Call, sides: Sequence[tuple[int, int]], mode: str) -> Lo
         lo = positions[i].cpu().numpy()
         axes.append((i, Ranges(lo, lo + 1)))
 
-    def compute(parts: Sequence[Tensor | None], box: Box, boxes: Sequence[Box]) -> Tensor:
-        x = parts[0]
-        assert x is not None
+    def compute(parts: Sequence[Any], box: Box, boxes: Sequence[Box]) -> Tensor:
+        x: Tensor = parts[0]
         for i, at in positions.items():
             start, stop = box[i]
             x = x.index_select(i, at[start:stop] - boxes[0][i][0])

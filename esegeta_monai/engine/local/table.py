@@ -48,7 +48,7 @@ def _elementwise(call: Call) -> Local | None:
     for operand in call.operands:
         reaches.append(broadcast(operand.shape, call.out_shape))
 
-    def compute(parts: Sequence[Tensor | None], box: Box, boxes: Sequence[Box]) -> Tensor:
+    def compute(parts: Sequence[Any], box: Box, boxes: Sequence[Box]) -> Tensor:
         def cut(value: Any) -> Any:
             return map_tensors(lambda constant: within(constant, box), value)
 
@@ -57,7 +57,7 @@ def _elementwise(call: Call) -> Local | None:
     return Local(tuple(reaches), compute)
 
 
-def _called(op: Any, args: Any, kwargs: Any, parts: Sequence[Tensor | None]) -> Tensor:
+def _called(op: Any, args: Any, kwargs: Any, parts: Sequence[Any]) -> Tensor:
     """Call an operation with other constants; operands are never written to."""
     changed = dataclasses.replace(op, args=args, kwargs=kwargs)
     result: Tensor = changed.function(*parts)
@@ -69,7 +69,7 @@ def _plain(call: Call, reach: Reach, whole_axes: tuple[int, ...] = (), cost: flo
     if len(call.operands) != 1:
         return None
 
-    def compute(parts: Sequence[Tensor | None], box: Box, boxes: Sequence[Box]) -> Tensor:
+    def compute(parts: Sequence[Any], box: Box, boxes: Sequence[Box]) -> Tensor:
         result: Tensor = call.operation.function(*parts)
         return result
 
@@ -84,7 +84,7 @@ def _per_channel(call: Call) -> Local | None:
     if op.name == "instance_norm" and op.argument("use_input_stats", True):
         return None
 
-    def compute(parts: Sequence[Tensor | None], box: Box, boxes: Sequence[Box]) -> Tensor:
+    def compute(parts: Sequence[Any], box: Box, boxes: Sequence[Box]) -> Tensor:
         start, stop = box[1]
 
         def cut(constant: Tensor) -> Tensor:

@@ -242,6 +242,10 @@ class BatchedScorer:
             if stored is not None:
                 self.result, self.done = stored
 
+    def run(self) -> Tensor:
+        """Return the scores of all perturbations (k, m), float64."""
+        raise NotImplementedError
+
     def save(self, *, force: bool = False) -> None:
         """Write the scores so far to the checkpoint, if there is one."""
         if self.checkpoint is not None and self.name is not None:
