@@ -102,14 +102,14 @@ def compare(network: nn.Module, window: Tensor, target: str, boxes: list[tuple[s
             x = window.clone()
             x[(..., *box)] = 0
             began = time.process_time()
-            found = local.run(x, [((i,), 0)])
+            ours = local.run(x, [((i,), 0)])
             middle = time.process_time()
             right = objective.run(x, [0])
             if i:  # the first one also checks and warms up
                 parts.append(middle - began)
                 plain.append(time.process_time() - middle)
             seen = (slice(None), slice(None), *(slice(28, 36) for _ in range(3))) if target == "lesion" else ...
-            worst = max(worst, float((found[seen] - right[seen]).abs().max() / right[seen].abs().max()))
+            worst = max(worst, float((ours[seen] - right[seen]).abs().max() / right[seen].abs().max()))
     note = local.note()
     return {
         "share": note.get("share_of_work", 1.0),

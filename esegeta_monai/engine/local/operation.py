@@ -71,8 +71,8 @@ class Local:
 
 
 def in_place_of(shape: Sequence[int], whole_axes: Sequence[int] = ()) -> Reach:
-    """Return the reach of a result of the operand's shape, each element of which depends on the element at its own
-    place and on all along ``whole_axes``."""
+    """Return the reach of a result of the operand's shape: each element depends on the element at its own place, and on
+    all along ``whole_axes``."""
     return Reach(shape, [Part(0, n) if i in whole_axes else (i, Moved(n, n)) for i, n in enumerate(shape)])
 
 
@@ -87,7 +87,7 @@ def broadcast(shape: Sequence[int], out_shape: Sequence[int]) -> Reach:
 
 
 def within(constant: Tensor, box: Box) -> Tensor:
-    """Cut a constant (…) that is broadcast to the result, to what a box of the result needs of it."""
+    """Cut a constant (*shape) that is broadcast to the result (*out) to what a box of the result needs of it."""
     first = len(box) - constant.ndim
     for i, n in enumerate(constant.shape):
         start, stop = box[first + i]

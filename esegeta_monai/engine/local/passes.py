@@ -46,8 +46,8 @@ GROWS = 2.0
 """A perturbation is checked if its effect is this many times that of the largest one checked."""
 
 Measure = Callable[[int, Tensor], Sequence[Sequence[float]]]
-"""Function of a window and its output (1, R, *out_roi) that returns, for each target, numbers of which its score is
-made; none where it does not see the window."""
+"""Function of a window and its output (1, R, *out_roi) that returns, for each target, the numbers that make up
+its score; none where it does not see the window."""
 
 
 class PartsDiffer(Exception):  # noqa: N818 - the scores are computed again by plain passes
@@ -231,8 +231,8 @@ class LocalPasses:
         """Compare an output with that of a plain pass."""
         plain = self.objective.run(x, [window], counted=False)  # no pass of the method
         bound = TOLERANCE[x.dtype]
-        for size, found, right in zip(self._sizes, self.measure(window, out), self.measure(window, plain)):
-            for a, b in zip(found, right):
+        for size, ours, right in zip(self._sizes, self.measure(window, out), self.measure(window, plain)):
+            for a, b in zip(ours, right):
                 if a == b or (a != a and b != b):
                     continue
                 error = abs(a - b) / max(size, abs(a), abs(b))

@@ -144,14 +144,14 @@ class Ranges(Axis):
 
 @dataclass(frozen=True)
 class Part:
-    """An axis of the operand of which every element of the result needs the positions ``start … stop − 1``."""
+    """An axis of the operand; every element of the result needs its positions ``start … stop − 1``."""
 
     start: int
     stop: int
 
 
 class Reach:
-    """What a result depends on in one operand.
+    """The dependence of a result on one operand.
 
     Args:
         out_shape: shape of the result.
@@ -176,7 +176,7 @@ class Reach:
         """Return the box of the result that depends on a box of the operand, or None."""
         if self.same:
             return box
-        found = list(self.out)
+        reached = list(self.out)
         for (start, stop), a in zip(box, self.axes):
             if isinstance(a, Part):
                 if stop <= a.start or a.stop <= start:
@@ -186,7 +186,7 @@ class Reach:
             touched = axis.touches(start, stop)
             if touched is None:
                 return None
-            found[at] = (max(found[at][0], touched[0]), min(found[at][1], touched[1]))
-            if found[at][0] >= found[at][1]:
+            reached[at] = (max(reached[at][0], touched[0]), min(reached[at][1], touched[1]))
+            if reached[at][0] >= reached[at][1]:
                 return None
-        return tuple(found)
+        return tuple(reached)

@@ -21,7 +21,7 @@ __all__ = ["Plan", "Planner", "replay"]
 
 @dataclass(frozen=True)
 class Part:
-    """What is computed of one step.
+    """The computed part of one step.
 
     Attributes:
         step: the step.
@@ -36,7 +36,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is computed for one perturbation.
+    """The computation for one perturbation.
 
     Attributes:
         start: the changed box of the window.
@@ -95,10 +95,10 @@ class Planner:
                 continue
             box = step.local.widened(box, step.shapes[0])
             read = [reach.needs(box) for reach in step.local.reaches]
-            found = tuple(part if volume(part) else None for part in read)
-            if not any(i in done and meet(done[i], part) for i, part in zip(step.operands, found)):
+            part_of = tuple(part if volume(part) else None for part in read)
+            if not any(i in done and meet(done[i], part) for i, part in zip(step.operands, part_of)):
                 continue
-            parts.append(Part(step, box, found))
+            parts.append(Part(step, box, part_of))
             done[number] = box
             cost += step.local.cost * volume(box)
         return Plan(start, tuple(parts), cost / max(tape.cost, 1.0), done.get(tape.output))
@@ -161,23 +161,23 @@ def _read(
     own = boxes.get(number)
     common = None if own is None else meet(own, box)
     if own is not None and contains(own, box):
-        found = _cut(values[number], box, own)
+        part_of = _cut(values[number], box, own)
     elif common is None:
-        found = _cut(cache[number], box)
+        part_of = _cut(cache[number], box)
     else:
         shape = [stop - start for start, stop in box]
         if bordered:
-            found = cache[number].new_full([n + a + b for n, (a, b) in zip(shape, sides)], value)
-            inside = _cut(found, tuple((a, a + n) for n, (a, _) in zip(shape, sides)))
+            part_of = cache[number].new_full([n + a + b for n, (a, b) in zip(shape, sides)], value)
+            inside = _cut(part_of, tuple((a, a + n) for n, (a, _) in zip(shape, sides)))
         else:
-            found = inside = cache[number].new_empty(shape)
+            part_of = inside = cache[number].new_empty(shape)
         inside.copy_(_cut(cache[number], box))
         _cut(inside, common, box).copy_(_cut(values[number], common, own))
-        return found
+        return part_of
     if bordered:
         amounts = [n for side in reversed(sides) for n in side]
-        found = F.pad(found, amounts, value=value)
-    return found
+        part_of = F.pad(part_of, amounts, value=value)
+    return part_of
 
 
 def _cut(tensor: Tensor, box: Box, within: Box | None = None) -> Tensor:

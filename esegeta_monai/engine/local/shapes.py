@@ -222,7 +222,7 @@ def cat(call: Call) -> Local | None:
             reaches[item.index] = Reach(call.out_shape, axes)
 
     def compute(parts: Sequence[Any], box: Box, boxes: Sequence[Box]) -> Tensor:
-        found = []
+        pieces = []
         for item, start in zip(items, starts):
             if isinstance(item, Slot):
                 part = parts[item.index]
@@ -231,8 +231,8 @@ def cat(call: Call) -> Local | None:
                 part = item[tuple(slice(lo, hi) if i == dim else slice(*side) for i, side in enumerate(box))]
                 part = part if lo < hi else None
             if part is not None:
-                found.append(part)
-        return found[0] if len(found) == 1 else torch.cat(found, dim)
+                pieces.append(part)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
     return Local(tuple(reaches[i] for i in range(len(reaches))), compute)
 

@@ -300,11 +300,11 @@ def pad(call: Call) -> Local | None:
     ]
 
     def border(box: Box, part: Box) -> Border:
-        found = [
+        added = [
             (lo - (start - before), stop - before - hi)
             for (start, stop), (lo, hi), (before, _) in zip(box, part, sides)
         ]
-        return found, float(value)
+        return added, float(value)
 
     def compute(parts: Sequence[Any], box: Box, boxes: Sequence[Box]) -> Tensor:
         x: Tensor = parts[0]
@@ -314,7 +314,7 @@ def pad(call: Call) -> Local | None:
 
 
 def _pad_by_index(call: Call, sides: Sequence[tuple[int, int]], mode: str) -> Local:
-    """Padding that repeats positions of the operand; torch itself says which, axis by axis."""
+    """Padding that repeats positions of the operand; torch itself gives them, axis by axis."""
     positions: dict[int, Tensor] = {}
     axes: list[tuple[int, Axis] | Part] = []
     for i, (n, (before, after)) in enumerate(zip(call.shape, sides)):

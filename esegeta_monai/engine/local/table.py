@@ -193,14 +193,14 @@ def pieces(call: Call, results: Sequence[Tensor]) -> list[Local | None]:
         return [None] * len(results)
     unbind = call.operation.name == "unbind"
     position = 1 if unbind else 2
-    dim, start, found = call.argument("dim", position, 0), 0, []
+    dim, start, rows = call.argument("dim", position, 0), 0, []
     if not isinstance(dim, int):
         return [None] * len(results)
     for i, result in enumerate(results):
         one = Call(call.operation, call.operands, tuple(result.shape))
         if unbind:
-            found.append(shapes.select(one, dim, i))
+            rows.append(shapes.select(one, dim, i))
         else:
-            found.append(shapes.piece(one, dim, start))
+            rows.append(shapes.piece(one, dim, start))
             start += result.shape[dim]
-    return found
+    return rows

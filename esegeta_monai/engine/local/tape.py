@@ -68,15 +68,15 @@ class Step:
     cost: float = 0.0
 
     def run(self, operands: Sequence[Tensor]) -> list[Tensor]:
-        """Compute all results from whole operands, each of its recorded shape."""
+        """Compute all results (*shape) from whole operands, each of the shape that was recorded."""
         values = self.operation.function(*operands)
         if self.pick is not None:
             return [values[self.pick]]
-        found: list[Tensor] = []
-        map_tensors(found.append, values)
-        if [tuple(t.shape) for t in found] != list(self.shapes):
+        tensors: list[Tensor] = []
+        map_tensors(tensors.append, values)
+        if [tuple(t.shape) for t in tensors] != list(self.shapes):
             raise NotLocal(f"the shape of the result of {self.operation.name!r} depends on the image")
-        return found
+        return tensors
 
 
 @dataclass
@@ -137,10 +137,10 @@ class Tape:
     def last_uses(self) -> list[list[int]]:
         """Return for each step the tensors that no later step reads."""
         last = {i: position for position, step in enumerate(self.steps) for i in step.operands}
-        found: list[list[int]] = [[] for _ in self.steps]
+        tensors: list[list[int]] = [[] for _ in self.steps]
         for i, position in last.items():
-            found[position].append(i)
-        return found
+            tensors[position].append(i)
+        return tensors
 
     def run(self, window: Tensor, keep: Iterable[int] = ()) -> dict[int, Tensor]:
         """Repeat a whole pass on a window (1, C, *roi).

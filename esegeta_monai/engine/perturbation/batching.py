@@ -256,7 +256,7 @@ class BatchedScorer:
         return groups
 
     def measure(self, window: int, out: Tensor) -> Sequence[Sequence[float]]:
-        """Return for each target numbers of which its score is made, from a window's output (1, R, *out_roi)."""
+        """Return for each target the numbers that make up its score, from a window's output (1, R, *out_roi)."""
         raise NotImplementedError
 
     def add(self, windows: Sequence[PerturbedWindow], out: Tensor) -> None:

@@ -311,16 +311,16 @@ class _BlendedScorer(BatchedScorer):
     def measure(self, window: int, out: Tensor) -> Sequence[Sequence[float]]:
         """Return for each score what it would be if the window's output were the prediction there; of a score that is
         no sum over voxels, the sums of what it reads."""
-        found: list[list[float]] = []
+        numbers: list[list[float]] = []
         for mask_voxels, voxels in zip(self.mask_voxels, self.window_voxels(window)):
             if voxels is None:
-                found.append([])
+                numbers.append([])
             else:
                 (values,) = mask_voxels.read(out, [(slice(0, 1), voxels)])
                 score = mask_voxels.score
                 terms = score.terms(values[0].double()) if score.additive else values[0].double()
-                found.append(terms.sum(-1).reshape(-1).tolist())
-        return found
+                numbers.append(terms.sum(-1).reshape(-1).tolist())
+        return numbers
 
     @torch.inference_mode()
     def _score(self, index: int) -> None:

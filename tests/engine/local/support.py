@@ -62,10 +62,10 @@ def worst_difference(
                 seen = (*whole(out.shape[:2]), *inside)
                 plan = Planner(tape, seen).plan(changed)
                 part = replay(plan, cache, y[at], tape)
-                found = out.clone()
+                ours = out.clone()
                 if part is not None:
-                    found[tuple(slice(*side) for side in plan.output)] = part
+                    ours[tuple(slice(*side) for side in plan.output)] = part
                 here = tuple(slice(*side) for side in seen)
-                worst = max(worst, float((found - plain)[here].abs().max() / plain.abs().max()))
+                worst = max(worst, float((ours - plain)[here].abs().max() / plain.abs().max()))
                 least = min(least, plan.share)
     return worst, least

@@ -69,8 +69,8 @@ def case(network, shape, targets, roi=None, dtype=torch.float64, **options):
 
 
 def boxes_of(shape, size, step):
-    found = list(positions(shape, size, step))
-    return Boxes([[a for a, _ in box] for box in found], [[b for _, b in box] for box in found], 0.3)
+    ours = list(positions(shape, size, step))
+    return Boxes([[a for a, _ in box] for box in ours], [[b for _, b in box] for box in ours], 0.3)
 
 
 def both(o, perturbations):
@@ -80,12 +80,12 @@ def both(o, perturbations):
     with frozen(o.model.network):
         right = score_changes(plain, perturbations)
         o.context.local = True
-        found = score_changes(o.derive(), perturbations)
-    return found, right, o.context.local_note, list(o.context.progress.warnings)
+        ours = score_changes(o.derive(), perturbations)
+    return ours, right, o.context.local_note, list(o.context.progress.warnings)
 
 
-def equal(found, right, o, bound):
-    return bool((found - right).abs().max() <= bound * o.image_values().abs().max())
+def equal(ours, right, o, bound):
+    return bool((ours - right).abs().max() <= bound * o.image_values().abs().max())
 
 
 LESION = ((5, 5, 5), (9, 8, 9))
@@ -105,9 +105,9 @@ NETWORKS = {
 def test_scores_equal_plain_passes(name, dtype, bound):
     make, shape, target, size, step = NETWORKS[name]
     o = case(make(), shape, [target], dtype=dtype)
-    found, right, note, warnings = both(o, boxes_of(shape, size, step))
+    ours, right, note, warnings = both(o, boxes_of(shape, size, step))
     assert right.abs().max() > 0
-    assert equal(found, right, o, bound)
+    assert equal(ours, right, o, bound)
     assert warnings == []
     assert note["passes_in_parts"] > 0
     assert note["share_of_work"] < 0.67
@@ -118,8 +118,8 @@ def test_scores_equal_plain_passes(name, dtype, bound):
 def test_windows_overlap_and_volumes_are_padded(output, padding):
     targets = [Box(1, (3, 5), (6, 9), output=output), Box(0, (14, 14), (17, 16), output=output)]
     o = case(mesh(2), (40, 20), targets, roi=(24, 24), padding_mode=padding)
-    found, right, note, warnings = both(o, boxes_of((40, 20), 3, 3))
-    assert equal(found, right, o, 1e-10)
+    ours, right, note, warnings = both(o, boxes_of((40, 20), 3, 3))
+    assert equal(ours, right, o, 1e-10)
     assert warnings == []
     assert note["passes_in_parts"] > 0
 
@@ -147,7 +147,7 @@ def test_norms_over_space_lose_nothing(make):
     perturbations = boxes_of((16, 16), 3, 3)
     counted = o.model.network
     with frozen(counted):
-        found = score_changes(o, perturbations)
+        ours = score_changes(o, perturbations)
     assert counted.windows == len(perturbations) + 1  # no pass more than without
     note = o.context.local_note
     assert note["passes_in_parts"] == 0
@@ -155,7 +155,7 @@ def test_norms_over_space_lose_nothing(make):
     assert "% of the work" in note["reason"]
     o.context.local = False
     with frozen(counted):
-        assert torch.equal(found, score_changes(o.derive(), perturbations))
+        assert torch.equal(ours, score_changes(o.derive(), perturbations))
 
 
 def test_switched_off():
@@ -173,8 +173,8 @@ def test_switched_off():
 def test_too_much_memory(monkeypatch):
     monkeypatch.setattr(passes, "CACHE_BYTES", 10_000)
     o = case(mesh(2), (24, 24), [Box(1, (5, 5), (9, 8))])
-    found, right, note, _ = both(o, boxes_of((24, 24), 3, 8))
-    assert torch.equal(found, right)
+    ours, right, note, _ = both(o, boxes_of((24, 24), 3, 8))
+    assert torch.equal(ours, right)
     assert note["passes_in_parts"] == 0
     assert "GiB" in note["reason"]
 
@@ -191,10 +191,10 @@ def test_corner_border_middle_and_largest_effects_are_checked(monkeypatch):
 
     monkeypatch.setattr(LocalPasses, "_check", watched)
     perturbations = boxes_of((24, 24), 3, 3)
-    found, *_ = both(o, perturbations)
+    ours, *_ = both(o, perturbations)
     borders = [sum(a == 0 or b == 23 for a, b in zip(lo, hi)) for lo, hi in checked]
     assert {0, 1, 2} <= set(borders)
-    largest = perturbations.boxes[int(found[0].abs().argmax())]
+    largest = perturbations.boxes[int(ours[0].abs().argmax())]
     assert [side.start for side in largest] in [lo for lo, _ in checked]
     assert len(checked) < 12
 
@@ -218,8 +218,8 @@ class Shifted(Ranges):
     """Boxes that lie one voxel beside the right ones."""
 
     def touches(self, start, stop):
-        found = super().touches(start, stop)
-        return None if found is None else (found[0] + 1, found[1] + 1)
+        ours = super().touches(start, stop)
+        return None if ours is None else (ours[0] + 1, ours[1] + 1)
 
 
 def with_corners():
@@ -237,8 +237,8 @@ def test_a_careless_implementation_is_found_and_replaced(fault, output, monkeypa
     else:
         monkeypatch.setattr(spatial, "Ranges", Shifted)
     o = case(with_corners(), (24, 24), [Box(1, (4, 4), (20, 20), output=output)])
-    found, right, note, warnings = both(o, boxes_of((24, 24), 4, 4))
-    assert torch.equal(found, right)
+    ours, right, note, warnings = both(o, boxes_of((24, 24), 4, 4))
+    assert torch.equal(ours, right)
     assert any("differ from plain passes" in text for text in warnings)
     assert "a check failed" in note["reason"]
 
@@ -256,7 +256,7 @@ def test_a_failed_check_is_remembered(monkeypatch):
 
 def test_the_right_one_passes_the_same_check():
     o = case(with_corners(), (24, 24), [Box(1, (4, 4), (20, 20))])
-    found, right, note, warnings = both(o, boxes_of((24, 24), 4, 4))
-    assert equal(found, right, o, 1e-10)
+    ours, right, note, warnings = both(o, boxes_of((24, 24), 4, 4))
+    assert equal(ours, right, o, 1e-10)
     assert warnings == []
     assert note["passes_in_parts"] > 0
