@@ -90,6 +90,7 @@ class Settings:
         layer_axes: axes of layers where they cannot be found out, by the layer's name.
         agreement: also compute the maps of the members of an ensemble and of its mirrored views alone.
         local: compute perturbed windows in parts where that saves work, see `esegeta_monai.engine.local.passes`.
+        constant_images: explain images whose voxels are all equal, as metrics make them; else they are refused.
         inferer_record: name and parameters of the inferer as it was given.
 
     Raises:
@@ -120,6 +121,7 @@ class Settings:
     layer_axes: Mapping[str, str] = field(default_factory=dict)
     agreement: bool = False
     local: bool = True
+    constant_images: bool = False
     inferer_record: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
