@@ -255,6 +255,7 @@ def explainer_for(reader: BundleReader, options: Namespace) -> Explainer:
         head=options.head,
         postprocessing=output_use(reader),
         agreement=getattr(options, "agreement", False),
+        local=getattr(options, "local", True),
         layer_axes=layer_axes(options.layer_axes),
     )
 

@@ -85,6 +85,12 @@ def add_explain(parser: ArgumentParser) -> None:
         "map, and figures in the record and report (takes the passes up to twice more)",
     )
     parser.add_argument(
+        "--no-local",
+        dest="local",
+        action="store_false",
+        help="compute perturbed windows whole, also where a perturbation changes only a part of each layer",
+    )
+    parser.add_argument(
         "--layout",
         choices=["plain", "bids"],
         help="'bids': a folder of BIDS derivatives (default: as the folder is, 'plain' for a new one)",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
@@ -25,6 +26,8 @@ class RunContext:
         precision_decided: True: methods run in the precision of the objective and are not measured first, see
             `esegeta_monai.methods.precision`.
         layer_positions: number of positions per axis in a window, of each layer whose map was read.
+        local: compute perturbed windows in parts where that saves work, see `esegeta_monai.engine.local.passes`.
+        local_note: what the last scored perturbations computed in parts; None: nothing has been scored.
         sample: set where only a sample of a method's perturbation scores is wanted; None: all are.
     """
 
@@ -33,19 +36,22 @@ class RunContext:
     checkpoint: ScoreCheckpoint | None = None
     window_batch: int | None = None
     precision_decided: bool = False
+    local: bool = True
+    local_note: dict[str, Any] | None = None
     sample: ScoreSample | None = None
     layer_positions: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @staticmethod
-    def for_sample(perturbations: int, window_batch: int) -> RunContext:
+    def for_sample(perturbations: int, window_batch: int, *, local: bool = True) -> RunContext:
         """Return the context of a trial run in this process: silent, without time limit, checkpoint or measurement.
 
         Args:
             perturbations: how many perturbations are scored per window before the method stops.
             window_batch: windows per forward pass.
+            local: as in the run.
         """
         progress, sample = Progress(silent=True), ScoreSample(perturbations)
-        return RunContext(progress, window_batch=window_batch, precision_decided=True, sample=sample)
+        return RunContext(progress, window_batch=window_batch, precision_decided=True, sample=sample, local=local)
 
 
 class SampleComplete(Exception):  # noqa: N818 - no error: it ends a method whose sample is complete

@@ -52,13 +52,14 @@ class WindowedNetwork:
         """Windows per forward pass."""
         return self.context.window_batch or self.plan.batch_size
 
-    def run(self, x: Tensor, windows: Sequence[int], *, all_channels: bool = False) -> Tensor:
+    def run(self, x: Tensor, windows: Sequence[int], *, all_channels: bool = False, counted: bool = True) -> Tensor:
         """Run the network on windows.
 
         Args:
             x: (n, C, *roi).
             windows: their numbers in the plan.
             all_channels: return all output channels, not only those that are read.
+            counted: count the passes; False for a pass that only checks another one.
 
         Returns:
             (n, R, *out_roi), or (n, K, *out_roi) with ``all_channels``; M·K channels where members are kept apart.
@@ -69,7 +70,8 @@ class WindowedNetwork:
             parts.append(self._run_call(x[done : done + len(some)], some, call))
             done += len(some)
         out = parts[0] if len(parts) == 1 else torch.cat(parts)
-        self.context.progress.passed(len(windows))
+        if counted:
+            self.context.progress.passed(len(windows))
         self.check_output(out)
         if all_channels or len(self.channels) in (0, out.shape[1]):
             return out

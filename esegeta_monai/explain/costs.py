@@ -73,7 +73,8 @@ def cost_of(method: Method, objective: Objective, case: int, label: str, calibra
         calibration: time limit of the trial in seconds; several processes make no trial.
     """
     name, device, processes = str(method.name), objective.model.device, objective.context.processes
-    context = RunContext(Progress(silent=True), processes, window_batch=objective.window_batch)
+    local = objective.context.local
+    context = RunContext(Progress(silent=True), processes, window_batch=objective.window_batch, local=local)
     trial, progress = objective.derive(context=context), context.progress
     reset_peak_memory(device)
     # several processes would reach a limit at different places and wait for each other: they all stop at once
@@ -140,7 +141,7 @@ def _timed(method: Method, objective: Objective, windows: int) -> tuple[float, i
     Returns:
         Seconds, window passes, and the error that ended it early; None for a limit.
     """
-    context = RunContext.for_sample(SAMPLED, objective.window_batch)
+    context = RunContext.for_sample(SAMPLED, objective.window_batch, local=objective.context.local)
     first, device = objective.derive(first_windows=windows, context=context), objective.model.device
     context.progress.start(pass_limit=MOST_PASSES * windows)
     began = _now(device)

@@ -96,7 +96,9 @@ def _explanation(methods: Sequence[Method], objective: Objective) -> tuple[int, 
     """Return the window passes of methods, and how many forward passes take their time: a backward pass for each target
     takes about as long as a forward pass."""
     passes = time_of = 0
-    silent = objective.derive(context=RunContext(Progress(silent=True), objective.context.processes))
+    silent = objective.derive(
+        context=RunContext(Progress(silent=True), objective.context.processes, local=objective.context.local)
+    )
     for method in methods:
         try:
             needed = method.passes(silent)

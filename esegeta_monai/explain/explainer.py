@@ -88,6 +88,9 @@ class Explainer:
         agreement: compute the maps of the members of an ensemble, and of its mirrored views, alone as well: the record
             has under ``agreement`` how far they agree, and the maps are in `Attribution.agreement`. It takes the
             passes of the ensemble once more for members and for views, and the memory of one map for each.
+        local: compute of a perturbed window only what the perturbation changes and the target reads, where that takes
+            at most two thirds of the work; False: always the whole window. The scores are the same but for rounding,
+            and are compared with plain passes in every run; the record has under ``below_the_window`` what was done.
 
     Raises:
         UsageError: the network is no module, or a parameter has a wrong value.
@@ -127,6 +130,7 @@ class Explainer:
         postprocessing: Any = None,
         inputs_as: InputsAs | None = None,
         agreement: bool = False,
+        local: bool = True,
         layer_axes: Mapping[str, str] | None = None,
     ) -> None:
         if not isinstance(network, nn.Module):
@@ -159,6 +163,7 @@ class Explainer:
             inputs_as=inputs_as,
             checks=checks_of(checks),
             agreement=flag("agreement", agreement),
+            local=flag("local", local),
             layer_axes=layer_axes_of(layer_axes),
         )
 

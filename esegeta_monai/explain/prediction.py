@@ -183,7 +183,7 @@ class Prediction:
             seed=settings.seed,
             condition=None if condition is None else condition.to(self.image),
             case=self._context,
-            context=RunContext(processes=settings.processes, window_batch=window_batch),
+            context=RunContext(processes=settings.processes, window_batch=window_batch, local=settings.local),
         )
 
     def infer(self, image: Tensor) -> Tensor:

@@ -245,6 +245,7 @@ class CaseRun:
         objective, progress = task.objective, task.objective.context.progress
         progress.start(None if settings.time_limit is None else settings.time_limit * len(group))
         reset_peak_memory(settings.device)
+        objective.context.local_note = None
         began = time.monotonic()
         names = ", ".join(m.name or type(m).__name__ for m in group)
         with self._bar(names, group, objective), evaluating(settings.network, settings.device):
@@ -259,6 +260,8 @@ class CaseRun:
             "ranks": settings.processes.size,
             "window_batch": objective.window_batch,
         }
+        if (local := objective.context.local_note) is not None:
+            shared["below_the_window"] = local
         if len(group) > 1:
             shared["passes_shared_with"] = [m.name for m in group]
         logger.info("case %d: %s took %.1f s, %d window passes", case.index, names, seconds, progress.passes)

@@ -78,6 +78,7 @@ class ExplanationHandler(CaseHandler):
             the engine's postprocessing.
         layer_axes: axes of layers where they cannot be found out, see `esegeta_monai.Explainer`.
         agreement: also write where the networks of an ensemble agree, see `esegeta_monai.Explainer`.
+        local: compute perturbed windows in parts, see `esegeta_monai.Explainer`.
 
     A failed method or case is recorded in ``run.json`` and logged; files that can no longer be written (a full disk,
     say) are logged. The evaluation continues in both cases.
@@ -126,6 +127,7 @@ class ExplanationHandler(CaseHandler):
         head: HeadKind | None = None,
         layer_axes: Mapping[str, str] | None = None,
         agreement: bool = False,
+        local: bool = True,
     ) -> None:
         super().__init__(
             methods,
@@ -151,6 +153,7 @@ class ExplanationHandler(CaseHandler):
             head=head,
             layer_axes=layer_axes,
             agreement=flag("agreement", agreement),
+            local=flag("local", local),
         )
         for what, given in (("methods", self.methods), ("targets", self.targets)):
             if given == []:

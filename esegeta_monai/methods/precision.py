@@ -145,7 +145,7 @@ def measure(methods: Sequence[Method], objective: Objective, run_methods: RunMet
     `SAMPLED` perturbations are compared: a map of a few would not be the method's map.
     """
     cheap = [m.cheap_copy() for m in methods]
-    context = RunContext.for_sample(SAMPLED, objective.window_batch)
+    context = RunContext.for_sample(SAMPLED, objective.window_batch, local=False)
     half = objective.derive(first_windows=1, context=context)
     full = full_precision(half)
     precise = run_methods(cheap, full)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from esegeta_monai.engine.local.passes import LocalPasses
 from esegeta_monai.engine.network.model import out_of_memory
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.base import UNCHANGED, Perturbations
@@ -211,6 +212,12 @@ class BatchedScorer:
     Perturbed windows are written directly into the network's input, so that no more than one batch is in memory
     (several for small windows, see `STAGED`), and each is copied once.
 
+    Args:
+        objective: the case, its network and its k targets.
+        perturbations: m perturbations of its image.
+        local: compute windows in parts where that saves work; False: by plain passes, from the start, whatever a
+            checkpoint holds.
+
     Attributes:
         result: scores so far (k, m), float64.
         done: perturbed windows (linear s) or perturbations (non-linear s) that ``result`` includes.
@@ -218,21 +225,26 @@ class BatchedScorer:
         restored: perturbed windows that a checkpoint covers; they are skipped.
     """
 
-    def __init__(self, objective: Objective, perturbations: Perturbations) -> None:
+    def __init__(self, objective: Objective, perturbations: Perturbations, local: bool) -> None:
         self.objective, self.perturbations, self.processes = objective, perturbations, objective.context.processes
         self.result = torch.zeros((objective.n_targets, len(perturbations)), dtype=torch.float64)
         self.done = self.position = self.restored = 0
         self.unperturbed: dict[int, Any] = {}
         """Scores or outputs of the unperturbed windows, by window."""
+        self.local = LocalPasses(objective, self.measure) if local else None
         self._rows: Tensor | None = None
         self._pending: list[PerturbedWindow] = []
         checkpoint = objective.checkpoint if objective.context.processes.size == 1 else None
         self.name = None if checkpoint is None else perturbations.fingerprint()
         self.checkpoint = None if self.name is None else checkpoint
-        if self.checkpoint is not None and self.name is not None:
+        if local and self.checkpoint is not None and self.name is not None:
             stored = self.checkpoint.read(self.name, tuple(self.result.shape))
             if stored is not None:
                 self.result, self.done = stored
+
+    def run(self) -> Tensor:
+        """Return the scores of all perturbations (k, m), float64."""
+        raise NotImplementedError
 
     def save(self, *, force: bool = False) -> None:
         """Write the scores so far to the checkpoint, if there is one."""
@@ -242,6 +254,10 @@ class BatchedScorer:
     def own(self, groups: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
         """Return the perturbed windows that this process computes: all of them."""
         return groups
+
+    def measure(self, window: int, out: Tensor) -> Sequence[Sequence[float]]:
+        """Return for each target the numbers that make up its score, from a window's output (1, R, *out_roi)."""
+        raise NotImplementedError
 
     def add(self, windows: Sequence[PerturbedWindow], out: Tensor) -> None:
         """Add the output of a batch (n, R, *out_roi) to the result: all of it, or nothing if memory runs out."""
@@ -256,6 +272,8 @@ class BatchedScorer:
             if self._rows is None:
                 self._rows = self._new_rows(crop)
             todo = [PerturbedWindow(g, w) for g in self.own(groups)]
+            if self.local is not None:
+                self.local.expect(w, len(todo))
             at = 0
             while at < len(todo) and (self.position < self.restored or w not in self.unperturbed):
                 # skip those of an earlier run: the order is the same in every run
@@ -331,7 +349,7 @@ class BatchedScorer:
                     self.objective.context.progress.check()
                     batch = waiting[start : start + n]
                     x = self._rows[start : start + len(batch)]
-                    passed.append((batch, self.objective.run(x, [p.window for p in batch])))
+                    passed.append((batch, self._run(x, batch)))
         except MethodTimeout:
             timed_out = True
             raise
@@ -347,6 +365,12 @@ class BatchedScorer:
             place, crop = cut(self.objective, window.window)
             self._write([window], crop, place)
         self.position = position
+
+    def _run(self, x: Tensor, batch: Sequence[PerturbedWindow]) -> Tensor:
+        """Run a batch (n, C, *roi), in parts where that saves work: (n, R, *out_roi)."""
+        if self.local is None:
+            return self.objective.run(x, [p.window for p in batch])
+        return self.local.run(x, batch)
 
     def _add_all(self, passed: Sequence[tuple[list[PerturbedWindow], Tensor]]) -> int:
         """Add the outputs of batches, one after the other, until memory runs out.

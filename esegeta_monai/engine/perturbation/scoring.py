@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.engine.batch import Batch
+from esegeta_monai.engine.local.passes import PartsDiffer
 from esegeta_monai.engine.objective import Objective
 from esegeta_monai.engine.perturbation.base import Perturbations
 from esegeta_monai.engine.perturbation.batching import (
@@ -72,9 +73,23 @@ def score_changes(objective: Objective, perturbations: Perturbations) -> Tensor:
 
 
 def _scores(objective: Objective, perturbations: Perturbations) -> Tensor:
-    if objective.linear:
-        return _LinearScorer(objective, perturbations).run()
-    return _BlendedScorer(objective, perturbations).run()
+    objective.context.local_note = None
+    kind = _LinearScorer if objective.linear else _BlendedScorer
+    scorer: BatchedScorer = kind(objective, perturbations, True)
+    try:
+        scores = scorer.run()
+        if scorer.local is not None:
+            scorer.local.finish()
+        return scores
+    except PartsDiffer as error:
+        objective.context.progress.warn(
+            f"perturbed windows computed in parts differ from plain passes, which are used instead: {error}"
+        )
+        objective.context.local_note = {"reason": f"a check failed: {error}"}
+        return kind(objective, perturbations, False).run()
+    finally:
+        if scorer.local is not None:
+            objective.context.local_note = {**scorer.local.note(), **(objective.context.local_note or {})}
 
 
 def _sample(objective: Objective, perturbations: Perturbations, n: int) -> list[int]:
@@ -146,8 +161,8 @@ def passes_needed(objective: Objective, *rounds: Perturbations) -> int:
 class _LinearScorer(BatchedScorer):
     """Linear scores: differences of window scores, summed in float64; unperturbed scores are computed once."""
 
-    def __init__(self, objective: Objective, perturbations: Perturbations) -> None:
-        super().__init__(objective, perturbations)
+    def __init__(self, objective: Objective, perturbations: Perturbations, local: bool) -> None:
+        super().__init__(objective, perturbations, local)
         self.unperturbed = objective.memo("window scores", dict)
         self.weights: dict[int, list[tuple[Slices, Tensor] | None]] = {}
         self.turn = 0
@@ -191,6 +206,10 @@ class _LinearScorer(BatchedScorer):
                 result[k, indices] += after - before
             self.done += 1
 
+    def measure(self, window: int, out: Tensor) -> Sequence[Sequence[float]]:
+        """Return the window's scores."""
+        return [[score] for score in self.scores([window], out)[0]]
+
     def scores(self, windows: Sequence[int], out: Tensor) -> list[list[float]]:
         """Return ``F_w`` from network output (n, R, *out_roi): k numbers for each of the n windows."""
         parts: list[list[Tensor]] = [[] for _ in self.objective.rows]
@@ -226,8 +245,8 @@ class _BlendedScorer(BatchedScorer):
     """Non-linear scores: the changes of window outputs at the masks' voxels are kept until a perturbation is complete;
     then ΔP is blended and scored."""
 
-    def __init__(self, objective: Objective, perturbations: Perturbations) -> None:
-        super().__init__(objective, perturbations)
+    def __init__(self, objective: Objective, perturbations: Perturbations, local: bool) -> None:
+        super().__init__(objective, perturbations, local)
         self.mask_voxels = [MaskVoxels(objective, k) for k in range(objective.n_targets)]
         self.sizes = output_bytes(objective, self.mask_voxels)
         self.keep_outputs = all_fit(self.sizes)
@@ -288,6 +307,20 @@ class _BlendedScorer(BatchedScorer):
         for indices, k, voxels, change in changes:
             for i in indices:
                 self.parts[i][k].append((voxels, change))
+
+    def measure(self, window: int, out: Tensor) -> Sequence[Sequence[float]]:
+        """Return for each score what it would be if the window's output were the prediction there; of a score that is
+        no sum over voxels, the sums of what it reads."""
+        numbers: list[list[float]] = []
+        for mask_voxels, voxels in zip(self.mask_voxels, self.window_voxels(window)):
+            if voxels is None:
+                numbers.append([])
+            else:
+                (values,) = mask_voxels.read(out, [(slice(0, 1), voxels)])
+                score = mask_voxels.score
+                terms = score.terms(values[0].double()) if score.additive else values[0].double()
+                numbers.append(terms.sum(-1).reshape(-1).tolist())
+        return numbers
 
     @torch.inference_mode()
     def _score(self, index: int) -> None:

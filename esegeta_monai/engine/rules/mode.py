@@ -230,7 +230,7 @@ class RuleMode(TorchFunctionMode):
         if name in LIKE:
             args = (*args[:1], *map_tensors(Tensor.detach, tuple(args[1:])))
             kwargs = {k: v if k in ("input", "self") else map_tensors(Tensor.detach, v) for k, v in kwargs.items()}
-        in_place = in_place or _is_in_place(func, name, args, kwargs)
+        in_place = in_place or is_in_place(func, name, args, kwargs)
         target = (args[0] if args else next(iter(kwargs.values()))) if in_place else None
         barred: RuleError | None = None
         operands: list[Tensor] = []
@@ -407,7 +407,7 @@ def _tensors(value: Any) -> list[Tensor]:
     return tensors
 
 
-def _is_in_place(func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+def is_in_place(func: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Return True for calls such as ``F.relu(x, inplace=True)``, by keyword or by position."""
     if kwargs.get("inplace"):
         return True

@@ -52,7 +52,9 @@ class Stops(nn.Module):
 
 
 def explain(network: nn.Module, method: m.Method, folder: Path | None, output: str = "logit", image: Tensor = IMAGE):
-    explainer = Explainer(network, SlidingWindowInferer((8, 8), 3, 0.5, "gaussian"), window_batch=2, checks=False)
+    explainer = Explainer(
+        network, SlidingWindowInferer((8, 8), 3, 0.5, "gaussian"), window_batch=2, checks=False, local=False
+    )
     target = MultiClassMask(1, output=output)
     (attribution,) = explainer(image, [method], [target], scores_dir=folder)
     return attribution
@@ -208,7 +210,9 @@ def test_another_condition_has_a_table_of_its_own(tmp_path, often):
     """The image, and the mask of the target, are the same; the scores are not."""
 
     def run(network: nn.Module, condition: Tensor, folder: Path | None):
-        explainer = Explainer(network, SlidingWindowInferer((8, 8), 3, 0.5, "gaussian"), window_batch=2, checks=False)
+        explainer = Explainer(
+            network, SlidingWindowInferer((8, 8), 3, 0.5, "gaussian"), window_batch=2, checks=False, local=False
+        )
         kwargs = {"condition": condition}
         (attribution,) = explainer(
             IMAGE, [m.Occlusion(3, 2)], [Box(1, (0, 0), (6, 20))], network_kwargs=kwargs, scores_dir=folder
