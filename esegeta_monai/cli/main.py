@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from esegeta_monai.cli import parsers, watch
+from esegeta_monai.cli import parsers, parsers_reading, watch
 from esegeta_monai.cli.log import RunLog, print_every_character, reason
 from esegeta_monai.errors import EsegetaError, OutputLost, RankLost, TrustError
 from esegeta_monai.utils.files import INTENDED_USE, refuse_remote
@@ -71,7 +71,7 @@ class Command:
 
 COMMANDS = (
     Command("explain", "explain a bundle's predictions on your scans", parsers.add_explain, "explain:run"),
-    Command("report", "write an HTML report of the maps", parsers.add_report, "report:run"),
+    Command("report", "write an HTML report of the maps", parsers_reading.add_report, "report:run"),
     Command("evaluate", "evaluate the maps of a bundle by metrics", parsers.add_evaluate, "evaluate:run"),
     Command(
         "concepts",
@@ -82,27 +82,37 @@ COMMANDS = (
     Command(
         "cohort",
         "analyse the maps of several cases together: regions, clusters, groups, common space",
-        parsers.add_cohort,
+        parsers_reading.add_cohort,
         "cohort:run",
     ),
-    Command("merge-runs", "join the parts of a run", parsers.add_merge_runs, "merge_runs:run"),
+    Command("merge-runs", "join the parts of a run", parsers_reading.add_merge_runs, "merge_runs:run"),
     Command("app", "open a page on which a click on a voxel asks the network why", parsers.add_app, "app:run"),
     Command("demo", "compare a network that uses a shortcut with one that does not", parsers.add_demo, "demo:run"),
     Command(
         "methods",
         "list the explanation methods, with parameters and defaults",
-        parsers.add_table,
+        parsers_reading.add_table,
         "tables:run_methods",
     ),
-    Command("targets", "list the targets, with parameters and defaults", parsers.add_table, "tables:run_targets"),
     Command(
-        "metrics", "list the metrics for maps, with parameters and defaults", parsers.add_table, "tables:run_metrics"
+        "targets", "list the targets, with parameters and defaults", parsers_reading.add_table, "tables:run_targets"
     ),
     Command(
-        "layers", "list a bundle's layers, for --methods 'GradCam(layer=NAME)'", parsers.add_layers, "look:run_layers"
+        "metrics",
+        "list the metrics for maps, with parameters and defaults",
+        parsers_reading.add_table,
+        "tables:run_metrics",
     ),
-    Command("check", "check what maps take for granted about a bundle and a scan", parsers.add_check, "check:run"),
-    Command("info", "show versions, devices and the contents of a bundle", parsers.add_info, "look:run_info"),
+    Command(
+        "layers",
+        "list a bundle's layers, for --methods 'GradCam(layer=NAME)'",
+        parsers_reading.add_layers,
+        "look:run_layers",
+    ),
+    Command(
+        "check", "check what maps take for granted about a bundle and a scan", parsers_reading.add_check, "check:run"
+    ),
+    Command("info", "show versions, devices and the contents of a bundle", parsers_reading.add_info, "look:run_info"),
     Command(
         "patterns",
         "fit the patterns of PatternNet and PatternAttribution on scans",
@@ -112,16 +122,18 @@ COMMANDS = (
     Command(
         "overlay",
         "write the config file with which 'monai.bundle run' explains a bundle",
-        parsers.add_overlay,
+        parsers_reading.add_overlay,
         "overlay:run",
     ),
     Command(
         "import-esegeta",
         "turn a configuration of TorchEsegeta into a bundle's overlay",
-        parsers.add_import_esegeta,
+        parsers_reading.add_import_esegeta,
         "import_esegeta:run",
     ),
-    Command("merge", "merge a bundle's config and its overlay into one file", parsers.add_merge, "overlay:run_merge"),
+    Command(
+        "merge", "merge a bundle's config and its overlay into one file", parsers_reading.add_merge, "overlay:run_merge"
+    ),
 )
 """The commands. ``--help`` and errors of usage come at once, since torch and MONAI are imported by a command's run."""
 
