@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -62,6 +63,9 @@ class RunLog:
 
     def __enter__(self) -> RunLog:
         self._add(_Console(), self.level)
+        # MONAI says of every loader that it has no GPU decoder for DICOM, also where no scan is DICOM
+        logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader: nvImageCodec")
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -9,7 +9,6 @@ traceback.
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import os
 import re
@@ -27,6 +26,7 @@ from esegeta_monai.cli.log import RunLog, print_every_character, reason
 from esegeta_monai.errors import EsegetaError, OutputLost, RankLost, TrustError
 from esegeta_monai.utils.files import INTENDED_USE, refuse_remote
 from esegeta_monai.utils.heartbeat import Heartbeat
+from esegeta_monai.utils.mistakes import near_names
 from esegeta_monai.utils.names import one_line
 
 __all__ = ["build_parser", "main"]
@@ -138,13 +138,32 @@ COMMANDS = (
 """The commands. ``--help`` and errors of usage come at once, since torch and MONAI are imported by a command's run."""
 
 
+# What to write instead of an option that other programs have.
+MEANT = {
+    "--batch-size": "write --window-batch",
+    "--class": "write --target \"MultiClassMask('NAME')\", or ClassScore for a classification",
+    "--gpu": "write --device cuda",
+    "--images": "write --input",
+    "--label-map": "write --label",
+    "--layer": "a layer is a parameter of a method: --methods \"GradCam(layer='NAME')\"",
+    "--model": "write --bundle or --nnunet",
+    "--overlap": "write --override inferer#overlap=0.25",
+    "--roi-size": "write --override 'inferer#roi_size=[96, 96, 96]'",
+    "--window": "the window is that of the bundle's inferer: --override 'inferer#roi_size=[96, 96, 96]'; that of "
+    'Occlusion is a parameter: --methods "Occlusion(window=16)"',
+}
+
+
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, like all others."""
+    """A parser whose errors are one line, like all others, and which does not guess what a shortened option means."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         wrong = re.match(r"argument COMMAND: invalid choice: '(.*?)'", message)
         if wrong:
-            message = f"there is no command {wrong[1]!r}{_meant(wrong[1], [command.name for command in COMMANDS])}"
+            message = f"there is no command {wrong[1]!r}{near_names(wrong[1], [command.name for command in COMMANDS])}"
         _say(f"{message} (see '{self.prog} --help')")
         raise SystemExit(USAGE)
 
@@ -154,18 +173,25 @@ class _Parser(argparse.ArgumentParser):
             option = text.partition("=")[0]
             if text == "--" or (self._subparsers is not None and not text.startswith("-")):
                 break  # what follows a command is parsed by the command
-            known = [name for name in self._option_string_actions if name.startswith("--")]
-            if option.startswith("--") and not any(name.startswith(option) for name in known):
-                meant = _meant(option, known)
+            if option.startswith("--") and option not in self._option_string_actions:
+                meant = self._meant(option)
                 if not meant and self._subparsers is not None:
                     self.error(f"there is no option {option} before the command: write '{self.prog} COMMAND {option}'")
                 self.error(f"there is no option {option}{meant}")
-        return super().parse_known_args(args, namespace)
+            if re.match("-[A-Za-z]", text) and text[:2] not in self._option_string_actions:
+                self.error(f"there is no option {option}{self._meant(f'-{option}')}")
+        found, left = super().parse_known_args(args, namespace)
+        if left and self._subparsers is None:
+            self.error(f"{left[0]!r} belongs to no option: put an option before it, and commas between several names")
+        return found, left
 
-
-def _meant(text: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(text, known, n=2, cutoff=0.7)
-    return f": did you mean {' or '.join(near)}?" if near else ""
+    def _meant(self, option: str) -> str:
+        """Return the options that an unknown one, ``--name``, may have meant."""
+        if option in MEANT and option not in self._option_string_actions:
+            return f": {MEANT[option]}"
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        begun = [name for name in known if name.startswith(option)]
+        return f": did you mean {' or '.join(begun[:3])}?" if begun else near_names(option, known)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,6 +19,7 @@ from monai.transforms import Compose, SaveImaged
 from monai.utils import CommonKeys
 from torch.utils.data.distributed import DistributedSampler
 
+from esegeta_monai.bundle.config_overrides import check_typed_settings
 from esegeta_monai.bundle.extensions import register_extensions
 from esegeta_monai.bundle.metadata import BundleMetadata
 from esegeta_monai.errors import EsegetaError, RankLost, UsageError
@@ -72,6 +73,7 @@ class CaseHandler(ABC):
         name: str | None = None,
         **options: Any,
     ) -> None:
+        check_typed_settings()
         if bundle_root is not None:
             register_extensions(bundle_root)
         self.methods = METHODS.create_all(methods)
