@@ -15,7 +15,7 @@ from esegeta_monai.bundle.configs import config_entries, parse_config
 from esegeta_monai.errors import UsageError
 from esegeta_monai.utils.mistakes import near_names
 
-__all__ = ["check_overrides", "check_settings", "check_typed_settings"]
+__all__ = ["check_overrides", "check_settings", "check_typed_settings", "overlay_ids"]
 
 _PART = re.compile("::|#")
 
@@ -41,20 +41,29 @@ def check_overrides(config: Any, overrides: Mapping[str, Any], files: str, read:
     texts = [value for _, value in config_entries([config, dict(overrides)]) if isinstance(value, str)]
     named = set(re.findall(r"[@%](\w+)", " ".join(text for text in texts if text[:1] in "@%$")))
     known = {*config, *named, *(_PART.split(key)[0] for key in read), ConfigParser.meta_key}
+    check_settings([key for key in overrides if key.startswith("explain_")], overlay_ids())
     for key in overrides:
-        if _PART.split(key)[0] not in known:
+        if _PART.split(key)[0] not in known and not key.startswith("explain_"):  # of an overlay, which merge adds
             raise UsageError(f"{files} has no entry {key!r} that a value could replace{_meant(key, config)}")
 
 
 def _meant(key: str, config: Mapping[str, Any]) -> str:
-    ids = [path.replace("::", "#") for path, _ in config_entries(config) if path]
+    ids = [
+        path.replace("::", "#")
+        for path, _ in config_entries(config)
+        if path and not path.startswith(ConfigParser.meta_key)
+    ]
     dotted = key.replace(".", "#").replace("::", "#")
     last = dotted.rpartition("#")[2]
     same = [path for path in ids if path == dotted or path.rpartition("#")[2] == last]
     near = same or difflib.get_close_matches(dotted, ids, n=2, cutoff=0.7)
     near = near or [path for path in ids if difflib.get_close_matches(path.rpartition("#")[2], [last], cutoff=0.8)]
     near = sorted(near, key=lambda path: path != dotted)[:2]
-    return f": did you mean {' or '.join(near)}?" if near else f"; its entries are: {', '.join(map(str, config))}"
+    return (
+        f": did you mean {' or '.join(near)}?"
+        if near
+        else f"; its entries are: {', '.join(str(k) for k in config if k != ConfigParser.meta_key)}"
+    )
 
 
 def check_settings(names: Iterable[str], known: Collection[str]) -> None:
@@ -76,6 +85,12 @@ def check_settings(names: Iterable[str], known: Collection[str]) -> None:
             raise UsageError(f"the overlay has no setting {name}{near}")
 
 
+def overlay_ids() -> set[str]:
+    """Return the ids of the overlays of this package, such as ``explain_methods``."""
+    files = Path(__file__).parent.glob("*explain*.json")
+    return {key.lstrip("+") for file in files for key in parse_config(file)}
+
+
 def check_typed_settings() -> None:
     """Refuse misspelled settings on the command line of ``monai.bundle run``, which adds unknown ids without a word.
 
@@ -85,5 +100,4 @@ def check_typed_settings() -> None:
     if Path(sys.argv[0]).parts[-3:] != ("monai", "bundle", "__main__.py"):
         return
     typed = [text.lstrip("-").partition("=")[0] for text in sys.argv[1:] if text.startswith("--explain_")]
-    overlays = Path(__file__).parent.glob("*explain*.json")
-    check_settings(typed, {key.lstrip("+") for file in overlays for key in parse_config(file)})
+    check_settings(typed, overlay_ids())
