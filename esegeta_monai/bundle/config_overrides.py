@@ -48,22 +48,15 @@ def check_overrides(config: Any, overrides: Mapping[str, Any], files: str, read:
 
 
 def _meant(key: str, config: Mapping[str, Any]) -> str:
-    ids = [
-        path.replace("::", "#")
-        for path, _ in config_entries(config)
-        if path and not path.startswith(ConfigParser.meta_key)
-    ]
+    own = {top: value for top, value in config.items() if top != ConfigParser.meta_key}
+    ids = [path.replace("::", "#") for path, _ in config_entries(own) if path]
     dotted = key.replace(".", "#").replace("::", "#")
     last = dotted.rpartition("#")[2]
     same = [path for path in ids if path == dotted or path.rpartition("#")[2] == last]
     near = same or difflib.get_close_matches(dotted, ids, n=2, cutoff=0.7)
     near = near or [path for path in ids if difflib.get_close_matches(path.rpartition("#")[2], [last], cutoff=0.8)]
     near = sorted(near, key=lambda path: path != dotted)[:2]
-    return (
-        f": did you mean {' or '.join(near)}?"
-        if near
-        else f"; its entries are: {', '.join(str(k) for k in config if k != ConfigParser.meta_key)}"
-    )
+    return f": did you mean {' or '.join(near)}?" if near else f"; its entries are: {', '.join(map(str, own))}"
 
 
 def check_settings(names: Iterable[str], known: Collection[str]) -> None:
