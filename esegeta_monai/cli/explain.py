@@ -140,6 +140,7 @@ def explain_cases(
         part=part_id(options),
         heartbeat=heartbeat,
         places=places,
+        cases=[case.name for case in cases],
     )
     open_log(log, reader, cases, output)
     logger.info("%s: %d case(s), %s", reader.name, len(cases), ", ".join(str(m.name) for m in methods))

@@ -40,13 +40,15 @@ from esegeta_monai.files.pictures.picture import display_affine, save_picture
 from esegeta_monai.files.pictures.scale import scale_of
 from esegeta_monai.files.pictures.synthesis import save_curve, save_synthesised
 from esegeta_monai.files.privacy import traceback_text
-from esegeta_monai.files.runs import UNFINISHED
+from esegeta_monai.files.runs import UNFINISHED, now
 from esegeta_monai.methods.base import Method
 from esegeta_monai.methods.meaning import meaning_of
 from esegeta_monai.output.agreement import has_agreement, remove_spread, write_spread
+from esegeta_monai.output.order import ResultOrder
 from esegeta_monai.output.place import NO_METADATA, VANISHED, ZERO, PlaceChecks
 from esegeta_monai.targets.base import Target
 from esegeta_monai.utils.distributed import Processes
+from esegeta_monai.utils.files import refuse_link_out
 from esegeta_monai.utils.heartbeat import Heartbeat
 from esegeta_monai.utils.leftovers import remove_leftovers
 from esegeta_monai.utils.whole_files import check_sources
@@ -80,6 +82,7 @@ class ResultWriter:
         part: see `esegeta_monai.files.runs.RunRecord`.
         heartbeat: that of a command which is watched; None: nobody watches.
         places: results of earlier checks that image and scan lie in the same place; None: there are none.
+        cases: names of the run's cases in the order in which they were asked for; other cases follow as they come.
 
     Raises:
         UsageError: an unwritable folder, equal names, or DICOM without highdicom.
@@ -104,6 +107,7 @@ class ResultWriter:
         part: int | None = None,
         heartbeat: Heartbeat | None = None,
         places: PlaceChecks | None = None,
+        cases: Sequence[str] = (),
     ) -> None:
         self.ranks, self.together = ranks or Processes(), together
         self.names = ResultNames(methods, targets)
@@ -119,9 +123,17 @@ class ResultWriter:
         if not rank:
             remove_leftovers(self.output_dir)
         self.heartbeat = heartbeat or Heartbeat()
+        started = self.ranks.gather(now())[0]
         self.run = storage.RunRecord(
-            self.output_dir, self.provenance, rank=rank, part=part, run=self.heartbeat.run, writes=self.writes
+            self.output_dir,
+            self.provenance,
+            rank=rank,
+            part=part,
+            run=self.heartbeat.run,
+            writes=self.writes,
+            started=started,
         )
+        self._order = ResultOrder(methods, targets, cases)
         if self.run.journal is not None:
             self.heartbeat.journal = self.run.journal.path
         self._scans: dict[str, MetaTensor] = {}
@@ -155,7 +167,9 @@ class ResultWriter:
             scan: file of the scan, or the scan as MetaTensor (C, *spatial).
         """
         path = self.path(attribution, case, scan)
+        order = self._order.of(case, attribution)
         if self.run.is_known(case, *self.names.of(attribution)):  # this command was restarted
+            self.run.add_order(case, *self.names.of(attribution), order)
             return True
         if self.overwrite or not storage.is_complete(path, self.key(attribution, case, scan)):
             return False
@@ -169,7 +183,7 @@ class ResultWriter:
             return False  # `write` reports it
         reason = "finished in an earlier run"
         written = path.relative_to(self.output_dir).as_posix() if path.is_file() else None
-        self.run.set(case, *self.names.of(attribution), "skipped", reason, map=written)
+        self.run.set(case, *self.names.of(attribution), "skipped", reason, order=order, map=written)
         logger.info("%s: %s is finished, skipped", case, path.name)
         return True
 
@@ -232,6 +246,7 @@ class ResultWriter:
         computed: list[tuple[str, str]] = []
         kept = self.output_dir / ".scores"
         try:
+            refuse_link_out(scan_copy_path(self.output_dir, case, **self._folders).parent, self.output_dir)
             check_sources(image, more.get("data"))
             storage.check_contents(image, case)
             if self.dicom:
@@ -293,6 +308,7 @@ class ResultWriter:
             record.status, record.reason = "failed", clash
             label = f"{label} of {attribution.target!r}"
         try:
+            refuse_link_out(path.parent, self.output_dir)
             place = self._place(image, scan, record, case)
             if attribution.map is not None and not clash:
                 record.update(self._write_map(path, attribution, record, case, image, place))
@@ -319,6 +335,7 @@ class ResultWriter:
             method_name,
             str(record.status),
             record.reason,
+            order=self._order.of(case, attribution),
             map=path.relative_to(self.output_dir).as_posix() if written else None,
             seconds=record.seconds,
             warnings=record.warnings,
@@ -332,7 +349,7 @@ class ResultWriter:
         if not self.writes:
             return
         text = named_reason(error)
-        self.run.set(case, None, None, "failed", text, traceback=traceback_text(error))
+        self.run.set(case, None, None, "failed", text, order=self._order.of(case), traceback=traceback_text(error))
         logger.error("%s: %s", case, text)
         logger.debug("traceback", exc_info=error)
 

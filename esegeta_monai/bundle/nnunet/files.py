@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import pickle
 import re
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from esegeta_monai.errors import NetworkError, UsageError
+from esegeta_monai.utils.files import parse_json
 
 __all__ = [
     "CHECKPOINT",
@@ -100,7 +100,7 @@ def read_object(file: Path) -> dict[str, Any]:
         UsageError: there is no such file, or it is no JSON object.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
         raise UsageError(f"{file.parent.name}/{file.name} cannot be read: {error}") from error
     if not isinstance(content, dict):

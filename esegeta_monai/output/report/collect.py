@@ -286,12 +286,16 @@ def _case_metrics(folder: Path, case: str) -> list[dict[str, Any]]:
 
 
 def _as_in_run(rows: list[dict[str, Any]], case: CaseResults) -> list[dict[str, Any]]:
-    """Return rows with targets and methods named as in ``run.json``, also if they were taken from file names."""
+    """Return rows with targets and methods named as in ``run.json``, also if they were taken from file names.
+
+    They are in its order too; those of other methods, such as control maps, follow.
+    """
     known = {safe_name(name).casefold(): name for name in (*case.targets, *case.methods)}
     for row in rows:
         for key in ("target", "method"):
             row[key] = known.get(safe_name(str(row[key])).casefold(), row[key])
-    return rows
+    places = {name: i for i, name in enumerate((*case.targets, *case.methods))}
+    return sorted(rows, key=lambda row: [places.get(row[key], len(places)) for key in ("target", "method")])
 
 
 def _typed(row: Mapping[str, Any]) -> dict[str, Any]:
