@@ -30,7 +30,7 @@ from esegeta_monai.errors import NetworkError, UsageError
 from esegeta_monai.explain.ensemble import EnsembleInferer
 from esegeta_monai.explain.mean_ensemble import MeanOfMembers, read_mean
 from esegeta_monai.utils.files import refuse_remote
-from esegeta_monai.utils.types import flag
+from esegeta_monai.utils.types import device_named, flag
 
 __all__ = ["BundleReader", "bundle_network", "run_id_of"]
 
@@ -97,7 +97,7 @@ class BundleReader:
         refuse_remote(bundle_dir)
         self.bundle_dir = bundle_folder(bundle_dir)
         self.config_files = find_config_files(self.bundle_dir, config_files)
-        self.device = torch.device(device)
+        self.device = device_named("device", device)
         self.weights = weights
         self.metadata = BundleMetadata.read(self.bundle_dir, self._metadata_file)
         self.parser = ConfigParser()

@@ -129,9 +129,17 @@ class CaseHandler(ABC):
     # -- the engine's events ------------------------------------------------------------------------------------
 
     def attach(self, engine: Any) -> None:
-        """Register with a MONAI evaluator or trainer."""
+        """Register with a MONAI evaluator or trainer.
+
+        Raises:
+            UsageError: it is no engine of Ignite.
+        """
         from ignite.engine import Events
 
+        if not hasattr(engine, "add_event_handler"):
+            raise UsageError(
+                f"{type(self).__name__}.attach: {type(engine).__name__} is no engine; give a MONAI evaluator or trainer"
+            )
         if self.name is None:
             self.logger = engine.logger
         engine.add_event_handler(Events.STARTED, self._begin)

@@ -283,7 +283,10 @@ class Registry(Generic[T]):
             return self._build(self.get(str(what["_target_"])), (), nested)
         if isinstance(what, str):
             return self._parse(what)
-        raise UsageError(f"cannot make a {self.kind} of {what!r}: give an instance, a class, a name, or a config")
+        advice = f". {self.advice(str(what))}" if self.advice is not None and isinstance(what, int) else ""
+        raise UsageError(
+            f"cannot make a {self.kind} of {what!r}: give an instance, a class, a name, or a config{advice}"
+        )
 
     def create_all(self, what: Any) -> list[T]:
         """Make a list of instances from one description, a list of them, or comma-separated text.
