@@ -158,8 +158,8 @@ MEANT = {
 class _Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, like all others, and which does not guess what a shortened option means."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{**options, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
         wrong = re.match(r"argument COMMAND: invalid choice: '(.*?)'", message)
