@@ -116,7 +116,7 @@ def find_config_files(bundle_dir: Path, given: str | Path | Sequence[str | Path]
 
 
 def _configs_in(bundle_dir: Path) -> str:
-    names = sorted(f"configs/{file.name}" for file in (bundle_dir / "configs").glob("*.*"))
+    names = sorted(f"configs/{file.name}" for file in (bundle_dir / "configs").glob("*.*") if file.stem != "metadata")
     return ", ".join(name for name in names if name.rpartition(".")[2] in ConfigParser.suffixes) or "none"
 
 
