@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from esegeta_monai.errors import NetworkError, UsageError
+from esegeta_monai.utils.weights_only import read_weights
 
 __all__ = ["WeightSource", "components", "find_weights", "load_weights", "references"]
 
@@ -117,7 +118,7 @@ def load_weights(network: nn.Module, source: WeightSource, device: torch.device)
             "its path in the config"
         )
     try:
-        checkpoint = torch.load(source.path, map_location=device, weights_only=True)
+        checkpoint = read_weights(source.path, device)
     except pickle.UnpicklingError as error:
         raise UsageError(
             f"{source.path} contains more than tensors, and unpickling it could run code; save only its state dict "

@@ -232,10 +232,10 @@ def _recorded(entry: Mapping[str, Any]) -> str:
 
 
 def _as_asked(entries: list[Any]) -> list[Any]:
-    """Return the last entry for each case, target and method in the order in which they were asked for.
+    """Return the last entry for each case, target and method in the order of the commands.
 
-    A case stands where it was first asked for. Its results follow the last command that asked for them. Entries without
-    an order, which older versions wrote, come first.
+    A case has the place of the first command that names it. Its results follow the last command that asked for them.
+    Entries without an order, which older versions wrote, come first.
     """
     first: dict[str, list[Any]] = {}
     for entry in entries:

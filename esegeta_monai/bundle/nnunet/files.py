@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import pickle
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import torch
 
 from esegeta_monai.errors import NetworkError, UsageError
 from esegeta_monai.utils.files import parse_json
+from esegeta_monai.utils.weights_only import read_weights
 
 __all__ = [
     "CHECKPOINT",
@@ -121,11 +121,9 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
         allowed += [(function, f"{module}.multiarray.{name}") for module in ("numpy.core", "numpy._core")]
     try:
         with torch.serialization.safe_globals(allowed):
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            state = read_weights(file)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
-        if code := re.search(r"GLOBAL (\S+)", reason):
-            reason = f"it refers to {code[1]}, which is code and no weight; it was not loaded"
         raise NetworkError(f"{file.parent.name}/{file.name} cannot be read as weights: {reason[:200]}") from error
     if not isinstance(state, dict) or not {"network_weights", "trainer_name", "init_args"} <= set(state):
         raise NetworkError(f"{file.parent.name}/{file.name} is no checkpoint of nnU-Net v2")

@@ -1,4 +1,4 @@
-"""What a cohort is asked for and what comes out: options and results of `esegeta_monai.output.cohort.analysis`."""
+"""Options and results of `esegeta_monai.output.cohort.analysis`."""
 
 from __future__ import annotations
 
