@@ -77,7 +77,7 @@ class RunLog:
 
     def __enter__(self) -> RunLog:
         self._add(_Console(), self.level)
-        # MONAI says of every loader that it has no GPU decoder for DICOM, also where no scan is DICOM
+        # MONAI warns of every loader without a GPU decoder for DICOM, also if no scan is DICOM
         logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
         warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader: nvImageCodec")
         return self

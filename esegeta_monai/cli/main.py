@@ -139,7 +139,7 @@ COMMANDS = (
 """The commands. ``--help`` and errors of usage come at once, since torch and MONAI are imported by a command's run."""
 
 
-# What to write instead of an option that other programs have.
+# The remedy for options that other programs have.
 MEANT = {
     "--batch-size": "write --window-batch",
     "--class": "write --target \"MultiClassMask('NAME')\", or ClassScore for a classification",
@@ -181,10 +181,10 @@ class _Parser(argparse.ArgumentParser):
                 self.error(f"there is no option {option}{meant}")
             if re.match("-[A-Za-z]", text) and text[:2] not in self._option_string_actions:
                 self.error(f"there is no option {option}{self._meant(f'-{option}')}")
-        found, left = super().parse_known_args(args, namespace)
+        parsed, left = super().parse_known_args(args, namespace)
         if left and self._subparsers is None:
             self.error(f"{left[0]!r} belongs to no option: put an option before it, and commas between several names")
-        return found, left
+        return parsed, left
 
     def _meant(self, option: str) -> str:
         """Return the options that an unknown one, ``--name``, may have meant."""

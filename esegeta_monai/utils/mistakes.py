@@ -1,4 +1,4 @@
-"""What to write instead of text that cannot be read: one sentence for each natural mistake."""
+"""Remedies for text that cannot be read: one sentence for each natural mistake."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What messages say of text that cannot be read."""
+"""Messages about text that cannot be read name the remedy."""
 
 from __future__ import annotations
 
