@@ -32,7 +32,7 @@ def test_code_is_named_and_not_run(writer: str, protocol: int, tmp_path: Path) -
         file.write_bytes(pickle.dumps(content, protocol=protocol))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(pickle.UnpicklingError, match="which is code|more than weights") as caught:
+        with pytest.raises(pickle.UnpicklingError, match=r"which is code|more than weights") as caught:
             read_weights(file)
     assert "weights_only" not in str(caught.value)  # torch's message advises to switch the protection off
     assert "\n" not in str(caught.value)
