@@ -81,6 +81,12 @@ COMMANDS = (
         "concepts:run",
     ),
     Command(
+        "influence",
+        "list the training cases that raised or lowered a prediction",
+        parsers.add_influence,
+        "influence:run",
+    ),
+    Command(
         "cohort",
         "analyse the maps of several cases together: regions, clusters, groups, common space",
         parsers_reading.add_cohort,

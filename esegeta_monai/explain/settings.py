@@ -89,6 +89,7 @@ class Settings:
         inputs_as: how several image inputs are passed: ``"dict"``, ``"list"``, or None: separately.
         layer_axes: axes of layers where they cannot be found out, by the layer's name.
         agreement: also compute the maps of the members of an ensemble and of its mirrored views alone.
+        constant_images: explain images whose voxels are all equal, as metrics make them; else they are refused.
         inferer_record: name and parameters of the inferer as it was given.
 
     Raises:
@@ -118,6 +119,7 @@ class Settings:
     inputs_as: InputsAs | None = None
     layer_axes: Mapping[str, str] = field(default_factory=dict)
     agreement: bool = False
+    constant_images: bool = False
     inferer_record: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -23,7 +23,7 @@ from esegeta_monai.errors import EsegetaError, InputError, MethodError, OutputLo
 from esegeta_monai.explain.explainer import Attribution, Explainer
 from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.explain.record import DECIDES, Record
-from esegeta_monai.files.copies import mask_path, save_mask, save_scan_copy, scan_copy_path
+from esegeta_monai.files.copies import save_mask, save_scan_copy
 from esegeta_monai.files.dicom_out import DicomSource, check_dicom_writer, dicom_path
 from esegeta_monai.files.grids.probe import Pipeline
 from esegeta_monai.files.grids.resample import (
@@ -35,6 +35,7 @@ from esegeta_monai.files.grids.resample import (
     to_scan_grid,
     unrecorded,
 )
+from esegeta_monai.files.layout import LayoutName, choose_layout
 from esegeta_monai.files.maps import WITH_MAP
 from esegeta_monai.files.pictures.picture import display_affine, save_picture
 from esegeta_monai.files.pictures.scale import scale_of
@@ -70,6 +71,7 @@ class ResultWriter:
             counts as finished only if all of them are equal.
         postfix, separate_folder, extension: file layout, see `esegeta_monai.utils.names.map_path`; the extension
             ``"input"`` stands for that of each scan (`esegeta_monai.utils.names.map_suffix`).
+        layout: ``"bids"``: BIDS derivatives, see `esegeta_monai.files.layout`; ``"plain"``; None: as the folder is.
         dicom: also write map, target and picture as DICOM, see `esegeta_monai.files.dicom_out`; cases that are no DICOM
             series are refused.
         overwrite: compute and write finished maps again.
@@ -85,7 +87,7 @@ class ResultWriter:
         cases: names of the run's cases in the order in which they were asked for; other cases follow as they come.
 
     Raises:
-        UsageError: an unwritable folder, equal names, or DICOM without highdicom.
+        UsageError: an unwritable folder or one with another layout, equal names, or DICOM without highdicom.
     """
 
     def __init__(
@@ -98,6 +100,7 @@ class ResultWriter:
         postfix: str = "attr",
         separate_folder: bool = True,
         extension: str = ".nii.gz",
+        layout: LayoutName | None = None,
         dicom: bool = False,
         overwrite: bool = False,
         pictures: bool = True,
@@ -113,8 +116,9 @@ class ResultWriter:
         self.names = ResultNames(methods, targets)
         self.output_dir = storage.writable_folder(output_dir)
         self.provenance = dict(provenance or {})
-        self.layout: dict[str, Any] = {"postfix": postfix, "separate_folder": separate_folder, "extension": extension}
-        self.as_input, self.dicom = extension == "input", dicom
+        writes = not self.ranks.rank
+        self.layout = choose_layout(self.output_dir, layout, write=writes, separate_folder=separate_folder)
+        self.postfix, self.extension, self.dicom = postfix, extension, dicom
         if dicom:
             check_dicom_writer()
         self._sources: dict[str, DicomSource] = {}
@@ -150,8 +154,8 @@ class ResultWriter:
 
     def path(self, attribution: Attribution, case: str, scan: Any = None) -> Path:
         """Return the path of a map."""
-        layout = {**self.layout, "extension": storage.map_suffix(scan)} if self.as_input else self.layout
-        return storage.map_path(self.output_dir, case, *self.names.of(attribution), **layout)
+        extension = storage.map_suffix(scan) if self.extension == "input" else self.extension
+        return self.layout.map(case, *self.names.of(attribution), self.postfix, extension)
 
     def key(self, attribution: Attribution, case: str, scan: Any) -> dict[str, Any]:
         """Return the entries that must be equal in a sidecar for its map to count as finished."""
@@ -246,7 +250,7 @@ class ResultWriter:
         computed: list[tuple[str, str]] = []
         kept = self.output_dir / ".scores"
         try:
-            refuse_link_out(scan_copy_path(self.output_dir, case, **self._folders).parent, self.output_dir)
+            refuse_link_out(self.layout.scan_copy(case).parent, self.output_dir)
             check_sources(image, more.get("data"))
             storage.check_contents(image, case)
             if self.dicom:
@@ -409,7 +413,7 @@ class ResultWriter:
         if self.pictures:
             affine, oriented = display_affine(volume)
             more["display"] = {
-                "scan": scan_copy_path(".", case, **self._folders).name,
+                "scan": self.layout.scan_copy(case).name,
                 "mask": None,
                 "affine": affine.tolist(),
                 "oriented": oriented,
@@ -488,12 +492,8 @@ class ResultWriter:
             channel_names=names if len(names) == len(values) else None,
         )
 
-    @property
-    def _folders(self) -> dict[str, Any]:
-        return {"separate_folder": self.layout["separate_folder"]}
-
     def _mask_path(self, attribution: Attribution, case: str) -> Path:
-        return mask_path(self.output_dir, case, self.names.of(attribution)[0], **self._folders)
+        return self.layout.mask(case, self.names.of(attribution)[0])
 
     def _copies(self, case: str) -> dict[Path, Tensor]:
         """Return the copies that this run has written for the case; one case is kept at a time."""
@@ -522,7 +522,7 @@ class ResultWriter:
 
     def _copy_scan(self, case: str, image: MetaTensor, scan: Any) -> None:
         """Write the copy of the scan, once per case."""
-        path, copies = scan_copy_path(self.output_dir, case, **self._folders), self._copies(case)
+        path, copies = self.layout.scan_copy(case), self._copies(case)
         if path not in copies:
             values = _background(image, self._scan(scan), image).as_tensor()
             save_scan_copy(path, values.numpy(), storage.Grid.of(scan))
