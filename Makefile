@@ -154,8 +154,9 @@ sbom: $(RELEASE)/.ready dist/requirements.txt
 	$(RELEASE)/bin/cyclonedx-py requirements --pyproject pyproject.toml --of JSON -o dist/sbom.json \
 	  dist/requirements.txt
 
+# --strict: a package that the advisory service does not answer for is an error, not a pass.
 audit: $(RELEASE)/.ready dist/requirements.txt
-	$(RELEASE)/bin/pip-audit --no-deps --disable-pip -r dist/requirements.txt
+	$(RELEASE)/bin/pip-audit --strict --no-deps --disable-pip -r dist/requirements.txt
 
 clean:
 	rm -rf build dist demo_output docs/_build docs/_generated .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -18,11 +18,13 @@ from monai.bundle.utils import merge_kv
 from monai.utils.misc import CheckKeyDuplicatesYamlLoader, check_key_duplicates
 
 from esegeta_monai.errors import UsageError
+from esegeta_monai.utils.mistakes import near_names
 
 __all__ = [
     "MAX_BYTES",
     "MAX_DEPTH",
     "MAX_ENTRIES",
+    "bundle_folder",
     "check_macros",
     "config_entries",
     "find_config_files",
@@ -49,6 +51,23 @@ def auto3dseg_algorithms(folder: Path) -> list[str]:
     return sorted({file.parent.name for file in files if file.suffix in (".pkl", ".json")})
 
 
+def bundle_folder(given: str | Path) -> Path:
+    """Return the absolute path of a bundle.
+
+    Raises:
+        UsageError: it is no folder; the message names the one that may have been meant.
+    """
+    folder = Path(given).resolve()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        roots = [above for above in list(Path(given).parents)[:2] if (above / "configs").is_dir()]
+        meant = f": give {roots[0]}" if roots else ", not the folder that has configs/"
+        raise UsageError(f"no bundle at {given}: it is a file{meant}")
+    beside = [path.name for path in folder.parent.iterdir() if path.is_dir()] if folder.parent.is_dir() else []
+    raise UsageError(f"no bundle at {given}: there is no such folder{near_names(folder.name, beside)}")
+
+
 def find_config_files(bundle_dir: Path, given: str | Path | Sequence[str | Path] | None) -> tuple[Path, ...]:
     """Return the config files to use, in the order in which they are merged.
 
@@ -73,11 +92,14 @@ def find_config_files(bundle_dir: Path, given: str | Path | Sequence[str | Path]
                 "(esegeta_monai.Explainer), and folds of one algorithm together by EnsembleInferer(inferer, "
                 "members=[...], average='softmax')"
             )
+        if config is None and not (bundle_dir / "configs").is_dir():
+            above = next((path for path in list(bundle_dir.parents)[:2] if (path / "configs").is_dir()), None)
+            meant = "give the folder that has configs/" if above is None else f"give its bundle, {above}"
+            raise UsageError(f"no bundle at {bundle_dir}: it has no folder configs; {meant}")
         if config is None:
-            names = ", ".join(sorted(file.name for file in (bundle_dir / "configs").glob("*.*"))) or "none"
             raise UsageError(
                 f"{bundle_dir} has no configs/inference.json, .yaml or .yml; name the config to use with "
-                f"config_files (--config FILE), there are: {names}"
+                f"config_files (--config FILE), there are: {_configs_in(bundle_dir)}"
             )
         return (config,)
     files = []
@@ -85,9 +107,17 @@ def find_config_files(bundle_dir: Path, given: str | Path | Sequence[str | Path]
         inside = bundle_dir / file
         chosen = inside if inside.is_file() else file.resolve()
         if not chosen.is_file():
-            raise UsageError(f"no config file {file}, neither in {bundle_dir} nor from here")
+            raise UsageError(
+                f"no config file {file}, neither in {bundle_dir} nor from here; the bundle has: "
+                f"{_configs_in(bundle_dir)}"
+            )
         files.append(chosen)
     return tuple(files)
+
+
+def _configs_in(bundle_dir: Path) -> str:
+    names = sorted(f"configs/{file.name}" for file in (bundle_dir / "configs").glob("*.*") if file.stem != "metadata")
+    return ", ".join(name for name in names if name.rpartition(".")[2] in ConfigParser.suffixes) or "none"
 
 
 def parse_config(file: str | Path) -> dict[str, Any]:

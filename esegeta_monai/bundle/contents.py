@@ -18,7 +18,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from esegeta_monai.bundle.configs import check_macros, config_entries, find_config_files, merged_config, parse_config
+from esegeta_monai.bundle.configs import (
+    bundle_folder,
+    check_macros,
+    config_entries,
+    find_config_files,
+    merged_config,
+    parse_config,
+)
 from esegeta_monai.bundle.imports import MODULE_SUFFIXES, hiding_modules
 from esegeta_monai.errors import UsageError
 from esegeta_monai.utils.files import sha256_file
@@ -115,9 +122,7 @@ class BundleContents:
     """
 
     def __init__(self, bundle_dir: str | Path, config_files: Any = None) -> None:
-        self.root = Path(bundle_dir).resolve()
-        if not self.root.is_dir():
-            raise UsageError(f"no bundle at {bundle_dir}: there is no such folder")
+        self.root = bundle_folder(bundle_dir)
         used = find_config_files(self.root, config_files)
         self.configs = list(used)
         if used and (metadata := used[0].parent / "metadata.json").is_file():

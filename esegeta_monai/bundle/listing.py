@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from esegeta_monai.bundle.configs import bundle_folder
 from esegeta_monai.bundle.contents import printable
 from esegeta_monai.errors import UsageError
 from esegeta_monai.utils.registry import Configurable, Registry
@@ -61,9 +62,7 @@ def list_extensions(bundle_dir: str | Path, registry: Registry[Any]) -> list[Ext
     Raises:
         UsageError: there is no such folder, or a script cannot be read as Python.
     """
-    root = Path(bundle_dir).resolve()
-    if not root.is_dir():
-        raise UsageError(f"no bundle at {bundle_dir}: there is no such folder")
+    root = bundle_folder(bundle_dir)
     listed: list[ExtensionSource] = []
     for file in sorted((root / "scripts").glob("*.py")):
         if not file.is_file():

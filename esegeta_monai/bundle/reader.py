@@ -19,7 +19,8 @@ from monai.transforms import Compose, SaveImaged
 from monai.utils import CommonKeys, ensure_tuple
 from torch import Tensor, nn
 
-from esegeta_monai.bundle.configs import check_macros, find_config_files, merged_config
+from esegeta_monai.bundle.config_overrides import check_overrides
+from esegeta_monai.bundle.configs import bundle_folder, check_macros, find_config_files, merged_config
 from esegeta_monai.bundle.folds import folds_of_case
 from esegeta_monai.bundle.imports import BundleImports
 from esegeta_monai.bundle.metadata import BundleMetadata
@@ -29,7 +30,7 @@ from esegeta_monai.errors import NetworkError, UsageError
 from esegeta_monai.explain.ensemble import EnsembleInferer
 from esegeta_monai.explain.mean_ensemble import MeanOfMembers, read_mean
 from esegeta_monai.utils.files import refuse_remote
-from esegeta_monai.utils.types import flag
+from esegeta_monai.utils.types import device_named, flag
 
 __all__ = ["BundleReader", "bundle_network", "run_id_of"]
 
@@ -46,6 +47,14 @@ _IDS = {
     "handlers": ("evaluator::val_handlers", "handlers", "val_handlers"),
 }
 _SAVER_DEFAULTS = {name: value.default for name, value in inspect.signature(SaveImaged.__init__).parameters.items()}
+_READ = {
+    "bundle_root",
+    "device",
+    "output_dir",
+    "image_key",
+    *_SAVER_DEFAULTS,
+    *(i for ids in _IDS.values() for i in ids),
+}
 
 
 class BundleReader:
@@ -86,11 +95,9 @@ class BundleReader:
         if weights not in ("required", "optional"):
             raise UsageError(f"weights must be 'required' or 'optional', not {weights!r}")
         refuse_remote(bundle_dir)
-        self.bundle_dir = Path(bundle_dir).resolve()
-        if not self.bundle_dir.is_dir():
-            raise UsageError(f"no bundle at {bundle_dir}: there is no such folder")
+        self.bundle_dir = bundle_folder(bundle_dir)
         self.config_files = find_config_files(self.bundle_dir, config_files)
-        self.device = torch.device(device)
+        self.device = device_named("device", device)
         self.weights = weights
         self.metadata = BundleMetadata.read(self.bundle_dir, self._metadata_file)
         self.parser = ConfigParser()
@@ -98,6 +105,7 @@ class BundleReader:
         self.parser[ConfigParser.meta_key] = self.metadata.content
         overrides = dict(overrides or {})
         self._overridden = set(overrides)
+        check_overrides(self.parser.config, overrides, self._files, _READ)
         self.parser.update({**self._own_values(), **overrides})
         content: Any = self.parser.config
         self.macro_files = tuple(check_macros(content, self.config_files))

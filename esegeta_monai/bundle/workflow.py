@@ -9,6 +9,7 @@ from typing import Any
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.bundle.utils import merge_kv
 
+from esegeta_monai.bundle.config_overrides import check_settings
 from esegeta_monai.bundle.metadata import BundleMetadata
 from esegeta_monai.bundle.overlay import fitted_overlay
 from esegeta_monai.bundle.reader import run_id_of
@@ -66,7 +67,9 @@ class ExplainWorkflow(ConfigWorkflow):
             **override,
         )
         metadata = BundleMetadata(self.parser.get(ConfigParser.meta_key) or {})
-        for key, value in fitted_overlay(self.parser, metadata).items():
+        overlay = fitted_overlay(self.parser, metadata)
+        check_settings(settings, {key.lstrip("+") for key in overlay})
+        for key, value in overlay.items():
             merge_kv(self.parser, key, value)
         self.parser.update(pairs=settings)
         self.run_id = run_id or run_id_of(self.parser)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import esegeta_monai.files as storage
+from esegeta_monai.cli.cases import find_cases
 from esegeta_monai.cli.demo import find_bundle, template_scripts
 from esegeta_monai.cli.reading import check_options
 from esegeta_monai.cli.trust import require_trust
@@ -43,6 +44,9 @@ def run(args: Namespace, *_: object) -> int:
     output = storage.writable_folder(args.output)
     if args.input is None:
         args.input = [str(_template(args, output))]
+    cases = find_cases(args.input, leave_out=output)
+    if not any(file.exists() for case in cases for file in case.files):
+        raise UsageError(f"--input {' '.join(args.input)}: there is no such file or folder")
     listening = listen(args.port)
     app = start(args, output)
     try:

@@ -66,7 +66,8 @@ def run(args: Namespace, log: RunLog) -> int:
             shown: list[RegionEntry] = []
             for entry in best:
                 image, inputs = concept_tests.batch_of(scans[entry.case], preprocess, reader)
-                region = channel_region(explainer, image, targets, entry, channel, **inputs)
+                with log.of(entry.case):
+                    region = channel_region(explainer, image, targets, entry, channel, **inputs)
                 shown.append(region_entry(region, image, output))
             rows.append(ChannelEntry(name, alike[0].layer, channel, share, len(alike), shown))
     page = write_gallery(output, rows, entries)

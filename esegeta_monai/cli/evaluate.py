@@ -78,6 +78,9 @@ def run(args: Namespace, log: RunLog, reader: BundleReader | None = None) -> int
         raise UsageError("--label-value selects a value of a label map: also give the label map by --label")
     if args.region_names is not None and args.regions is None and args.label is None:
         raise UsageError("--region-names names the values of a label map: also give one by --regions or --label")
+    for option, text in (("label", args.label), ("regions", args.regions), ("body", args.body)):
+        if text is not None and not Path(text).exists() and set(text) & set("./\\"):  # else a key of a case's data
+            raise UsageError(f"--{option} {text}: no such file or folder")
     register_trusted(args)
     with process_group() as ranks:
         if args.dry_run:
@@ -297,7 +300,8 @@ class _Earlier:
             UsageError: the folder has no map of them, or a method or target cannot be recreated from its record.
         """
         if not folder.is_dir():
-            raise UsageError(f"--maps {folder}: no such folder; give the output folder of 'explain'")
+            what = "it is a file" if folder.exists() else "no such folder"
+            raise UsageError(f"--maps {folder}: {what}; give the output folder of 'explain'")
         wanted = {case.name for case in cases}
         sidecars: dict[str, list[tuple[Path, Record]]] = {}
         for file in sorted(folder.rglob("*.json")):

@@ -12,6 +12,7 @@ import logging
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,6 +77,9 @@ class RunLog:
 
     def __enter__(self) -> RunLog:
         self._add(_Console(), self.level)
+        # MONAI warns of every loader without a GPU decoder for DICOM, also if no scan is DICOM
+        logging.getLogger("monai.data.nvimgcodec_pydicom_plugin").setLevel(logging.ERROR)
+        warnings.filterwarnings("ignore", message="NvImgCodecPydicomReader: nvImageCodec")
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -9,7 +9,6 @@ traceback.
 from __future__ import annotations
 
 import argparse
-import difflib
 import errno
 import importlib
 import os
@@ -23,11 +22,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from esegeta_monai.cli import parsers, watch
+from esegeta_monai.cli import parsers, parsers_reading, watch
 from esegeta_monai.cli.log import RunLog, open_missing_streams, print_every_character, reason
 from esegeta_monai.errors import EsegetaError, OutputLost, RankLost, TrustError
 from esegeta_monai.utils.files import INTENDED_USE, refuse_remote
 from esegeta_monai.utils.heartbeat import Heartbeat
+from esegeta_monai.utils.mistakes import near_names
 from esegeta_monai.utils.names import one_line
 
 __all__ = ["build_parser", "main"]
@@ -72,7 +72,7 @@ class Command:
 
 COMMANDS = (
     Command("explain", "explain a bundle's predictions on your scans", parsers.add_explain, "explain:run"),
-    Command("report", "write an HTML report of the maps", parsers.add_report, "report:run"),
+    Command("report", "write an HTML report of the maps", parsers_reading.add_report, "report:run"),
     Command("evaluate", "evaluate the maps of a bundle by metrics", parsers.add_evaluate, "evaluate:run"),
     Command(
         "concepts",
@@ -89,27 +89,37 @@ COMMANDS = (
     Command(
         "cohort",
         "analyse the maps of several cases together: regions, clusters, groups, common space",
-        parsers.add_cohort,
+        parsers_reading.add_cohort,
         "cohort:run",
     ),
-    Command("merge-runs", "join the parts of a run", parsers.add_merge_runs, "merge_runs:run"),
+    Command("merge-runs", "join the parts of a run", parsers_reading.add_merge_runs, "merge_runs:run"),
     Command("app", "open a page on which a click on a voxel asks the network why", parsers.add_app, "app:run"),
     Command("demo", "compare a network that uses a shortcut with one that does not", parsers.add_demo, "demo:run"),
     Command(
         "methods",
         "list the explanation methods, with parameters and defaults",
-        parsers.add_table,
+        parsers_reading.add_table,
         "tables:run_methods",
     ),
-    Command("targets", "list the targets, with parameters and defaults", parsers.add_table, "tables:run_targets"),
     Command(
-        "metrics", "list the metrics for maps, with parameters and defaults", parsers.add_table, "tables:run_metrics"
+        "targets", "list the targets, with parameters and defaults", parsers_reading.add_table, "tables:run_targets"
     ),
     Command(
-        "layers", "list a bundle's layers, for --methods 'GradCam(layer=NAME)'", parsers.add_layers, "look:run_layers"
+        "metrics",
+        "list the metrics for maps, with parameters and defaults",
+        parsers_reading.add_table,
+        "tables:run_metrics",
     ),
-    Command("check", "check what maps take for granted about a bundle and a scan", parsers.add_check, "check:run"),
-    Command("info", "show versions, devices and the contents of a bundle", parsers.add_info, "look:run_info"),
+    Command(
+        "layers",
+        "list a bundle's layers, for --methods 'GradCam(layer=NAME)'",
+        parsers_reading.add_layers,
+        "look:run_layers",
+    ),
+    Command(
+        "check", "check what maps take for granted about a bundle and a scan", parsers_reading.add_check, "check:run"
+    ),
+    Command("info", "show versions, devices and the contents of a bundle", parsers_reading.add_info, "look:run_info"),
     Command(
         "patterns",
         "fit the patterns of PatternNet and PatternAttribution on scans",
@@ -119,27 +129,48 @@ COMMANDS = (
     Command(
         "overlay",
         "write the config file with which 'monai.bundle run' explains a bundle",
-        parsers.add_overlay,
+        parsers_reading.add_overlay,
         "overlay:run",
     ),
     Command(
         "import-esegeta",
         "turn a configuration of TorchEsegeta into a bundle's overlay",
-        parsers.add_import_esegeta,
+        parsers_reading.add_import_esegeta,
         "import_esegeta:run",
     ),
-    Command("merge", "merge a bundle's config and its overlay into one file", parsers.add_merge, "overlay:run_merge"),
+    Command(
+        "merge", "merge a bundle's config and its overlay into one file", parsers_reading.add_merge, "overlay:run_merge"
+    ),
 )
 """The commands. ``--help`` and errors of usage come at once, since torch and MONAI are imported by a command's run."""
 
 
+# The remedy for options that other programs have.
+MEANT = {
+    "--batch-size": "write --window-batch",
+    "--class": "write --target \"MultiClassMask('NAME')\", or ClassScore for a classification",
+    "--gpu": "write --device cuda",
+    "--images": "write --input",
+    "--label-map": "write --label",
+    "--layer": "a layer is a parameter of a method: --methods \"GradCam(layer='NAME')\"",
+    "--model": "write --bundle or --nnunet",
+    "--overlap": "write --override inferer#overlap=0.25",
+    "--roi-size": "write --override 'inferer#roi_size=[96, 96, 96]'",
+    "--window": "the window is that of the bundle's inferer: --override 'inferer#roi_size=[96, 96, 96]'; that of "
+    'Occlusion is a parameter: --methods "Occlusion(window=16)"',
+}
+
+
 class _Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, like all others."""
+    """A parser whose errors are one line, like all others, and which does not guess what a shortened option means."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{**options, "allow_abbrev": False})
 
     def error(self, message: str) -> NoReturn:
         wrong = re.match(r"argument COMMAND: invalid choice: '(.*?)'", message)
         if wrong:
-            message = f"there is no command {wrong[1]!r}{_meant(wrong[1], [command.name for command in COMMANDS])}"
+            message = f"there is no command {wrong[1]!r}{near_names(wrong[1], [command.name for command in COMMANDS])}"
         _say(f"{message} (see '{self.prog} --help')")
         raise SystemExit(USAGE)
 
@@ -149,18 +180,25 @@ class _Parser(argparse.ArgumentParser):
             option = text.partition("=")[0]
             if text == "--" or (self._subparsers is not None and not text.startswith("-")):
                 break  # what follows a command is parsed by the command
-            known = [name for name in self._option_string_actions if name.startswith("--")]
-            if option.startswith("--") and not any(name.startswith(option) for name in known):
-                meant = _meant(option, known)
+            if option.startswith("--") and option not in self._option_string_actions:
+                meant = self._meant(option)
                 if not meant and self._subparsers is not None:
                     self.error(f"there is no option {option} before the command: write '{self.prog} COMMAND {option}'")
                 self.error(f"there is no option {option}{meant}")
-        return super().parse_known_args(args, namespace)
+            if re.match("-[A-Za-z]", text) and text[:2] not in self._option_string_actions:
+                self.error(f"there is no option {option}{self._meant(f'-{option}')}")
+        parsed, left = super().parse_known_args(args, namespace)
+        if left and self._subparsers is None:
+            self.error(f"{left[0]!r} belongs to no option: put an option before it, and commas between several names")
+        return parsed, left
 
-
-def _meant(text: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(text, known, n=2, cutoff=0.7)
-    return f": did you mean {' or '.join(near)}?" if near else ""
+    def _meant(self, option: str) -> str:
+        """Return the options that an unknown one, ``--name``, may have meant."""
+        if option in MEANT and option not in self._option_string_actions:
+            return f": {MEANT[option]}"
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        begun = [name for name in known if name.startswith(option)]
+        return f": did you mean {' or '.join(begun[:3])}?" if begun else near_names(option, known)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -159,8 +159,6 @@ def _tried(what: Callable[[], str]) -> str:
 
 
 def read_bundle(args: Namespace) -> BundleReader:
-    if not (Path(args.bundle) / "configs").is_dir():
-        raise UsageError(f"no bundle at {args.bundle}: it has no folder configs")
     return BundleReader(args.bundle, args.config, overrides(args.override), weights="optional")
 
 
@@ -177,7 +175,7 @@ def unevaluated_config(args: Namespace) -> ConfigParser:
 def _existing(reader: BundleReader, file: str) -> Path:
     chosen = next((p for p in (reader.bundle_dir / file, Path(file)) if p.is_file()), None)
     if chosen is None:
-        raise UsageError(f"no config file {file}, neither in {reader.bundle_dir} nor in the working directory")
+        raise UsageError(f"no file {file}, neither in {reader.bundle_dir} nor in the working directory")
     return chosen
 
 

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 import torch
 
 from esegeta_monai.bundle.extensions import register_extensions
+from esegeta_monai.bundle.metadata import BundleMetadata
 from esegeta_monai.bundle.nnunet import NnunetReader, TotalSegmentatorReader
 from esegeta_monai.bundle.nnunet.totalsegmentator_task import TotalSegmentatorTask
 from esegeta_monai.bundle.reader import BundleReader
+from esegeta_monai.bundle.static import describe_nnunet
 from esegeta_monai.cli.trust import require_trust
 from esegeta_monai.cli.values import choose_device, overrides
 from esegeta_monai.errors import UsageError
+from esegeta_monai.targets.base import TARGETS
+from esegeta_monai.utils.names import plain_key
+from esegeta_monai.utils.registry import split_calls
 
 __all__ = ["check_options", "named_classes", "open_reader", "register_trusted", "targets_of"]
 
@@ -88,15 +95,45 @@ def targets_of(args: Namespace) -> list[str]:
     """Return the texts of ``--target``; a bare class of a task of TotalSegmentator becomes a ``MultiClassMask``.
 
     Raises:
-        UsageError: there is no such task.
+        UsageError: there is no such task, or a text is the name of a class, not that of a target.
     """
     given = getattr(args, "target", None)
     texts = [given] if isinstance(given, str) else list(given or ())
     if getattr(args, "totalsegmentator", None) is None:
+        _refuse_classes(args, [part for text in texts for part in split_calls(text)])
         return texts
     known = set(_task(args).classes.values())
     parts = [part.strip() for text in texts for part in (text.split(",") if "(" not in text else [text])]
     return [f"MultiClassMask({part!r})" if part in known else part for part in parts]
+
+
+def _refuse_classes(args: Namespace, texts: Sequence[str]) -> None:
+    """Refuse the name or number of a class in place of a target, and name the target that was meant."""
+    targets = {plain_key(target.__name__) for target in TARGETS}
+    bare = [text for text in texts if "(" not in text and plain_key(text) not in targets]
+    if not bare:
+        return
+    metadata = Path(args.bundle or "", "configs", "metadata.json")
+    if args.nnunet is not None:
+        numbered = {number: name for name, number in describe_nnunet(args.nnunet)["classes"].items()}
+        words = "segmentation"
+    elif args.bundle is not None and metadata.is_file():
+        read = BundleMetadata.read(args.bundle)
+        numbered, words = {str(i): name for i, name in read.class_names.items()}, str(read.outputs).lower()
+    else:
+        return
+    known = {_plain(name): name for name in numbered.values()} | numbered
+    segments, scores = "segmentation" in words, "classes" in words or "classification" in words
+    for text in bare:
+        name = known.get(_plain(text))
+        if name is not None:
+            mask, score = (f"\"{target}('{name}')\"" for target in ("MultiClassMask", "ClassScore"))
+            meant = mask if segments and not scores else score if scores and not segments else f"{mask} or {score}"
+            raise UsageError(f"--target {text}: {name!r} is a class; write --target {meant}")
+
+
+def _plain(text: str) -> str:
+    return "".join(c for c in text.lower() if c.isalnum())
 
 
 def named_classes(args: Namespace) -> list[str]:

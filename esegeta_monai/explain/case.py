@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from monai.data import MetaTensor, decollate_batch
 from torch import Tensor
@@ -44,7 +46,12 @@ class BatchInputs:
         joined = joined_inputs(inputs) if inputs else self.image
         if not isinstance(joined, Tensor) or joined.ndim not in (4, 5) or 0 in joined.shape[1:]:
             given = f"shape {tuple(joined.shape)}" if isinstance(joined, Tensor) else type(joined).__name__
-            raise InputError(f"image must be a tensor (B, C, *spatial) in 2D or 3D, got {given}")
+            remedy = ""
+            if isinstance(joined, np.ndarray):
+                remedy = ": convert it, torch.from_numpy(image)"
+            elif isinstance(joined, (str, os.PathLike)):
+                remedy = ": read the file first, with the network's preprocessing (LoadImaged, ...)"
+            raise InputError(f"image must be a tensor (B, C, *spatial) in 2D or 3D, got {given}{remedy}")
         self.joined, self.channels = joined, {name: value.shape[1] for name, value in inputs.items()}
 
     def cases(self, output: int | str | None, preferred: Sequence[str] = ()) -> Iterator[CaseInput]:

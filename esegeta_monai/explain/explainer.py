@@ -40,7 +40,7 @@ from esegeta_monai.explain.settings import (
 from esegeta_monai.methods.base import METHODS
 from esegeta_monai.targets.base import TARGETS
 from esegeta_monai.utils.distributed import Processes
-from esegeta_monai.utils.types import flag, number
+from esegeta_monai.utils.types import device_named, flag, number
 
 __all__ = ["Attribution", "Attributions", "Explainer"]
 
@@ -138,14 +138,16 @@ class Explainer:
                 f"network is a {type(network).__name__}: give the module itself; from a bundle's folder, "
                 "esegeta_monai.bundle.BundleReader(folder).network"
             )
+        if class_names is not None and not isinstance(class_names, Mapping):
+            raise UsageError(f"class_names={class_names!r}: give the name of each number, such as {{1: 'liver'}}")
         network, inferer = unwrap(network), as_inferer(inferer)
         own = next((p.device for p in network.parameters()), torch.device("cpu"))
-        device = own if device is None else torch.device(device)
+        device = own if device is None else device_named("device", device)
         self.settings = Settings(
             network=network,
             inferer=inferer,
             device=device,
-            volume_device=torch.device(volume_device or getattr(inferer, "device", None) or device),
+            volume_device=device_named("volume_device", volume_device or getattr(inferer, "device", None) or device),
             amp=flag("amp", amp),
             amp_kwargs=dict(amp_kwargs or {}),
             output=output if output is None or isinstance(output, (int, str)) else ".".join(map(str, output)),

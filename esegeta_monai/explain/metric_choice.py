@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 from esegeta_monai.errors import UsageError
@@ -47,6 +48,8 @@ def chosen_metrics(metrics: Any) -> str | list[Metric]:
     among = [one for one in names if isinstance(one, str) and one.strip().lower() in (*METRIC_SETS, ALL)]
     if among and name != ALL:
         raise UsageError(f"metrics={metrics!r}: {among[0].strip()!r} is a set of metrics and stands alone")
+    if name and (sets := difflib.get_close_matches(name, (*METRIC_SETS, ALL), n=1, cutoff=0.75)) and name != ALL:
+        raise UsageError(f"metrics={metrics!r}: did you mean the set {sets[0]!r}?")
     chosen = METRICS.create_all(list(METRICS) if name == ALL else metrics)
     distinct_names(chosen)
     return chosen

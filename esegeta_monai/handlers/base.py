@@ -19,6 +19,7 @@ from monai.transforms import Compose, SaveImaged
 from monai.utils import CommonKeys
 from torch.utils.data.distributed import DistributedSampler
 
+from esegeta_monai.bundle.config_overrides import check_typed_settings
 from esegeta_monai.bundle.extensions import register_extensions
 from esegeta_monai.bundle.metadata import BundleMetadata
 from esegeta_monai.errors import EsegetaError, RankLost, UsageError
@@ -74,6 +75,7 @@ class CaseHandler(ABC):
         name: str | None = None,
         **options: Any,
     ) -> None:
+        check_typed_settings()
         if bundle_root is not None:
             register_extensions(bundle_root)
         self.methods = METHODS.create_all(methods)
@@ -130,9 +132,17 @@ class CaseHandler(ABC):
     # -- the engine's events ------------------------------------------------------------------------------------
 
     def attach(self, engine: Any) -> None:
-        """Register with a MONAI evaluator or trainer."""
+        """Register with a MONAI evaluator or trainer.
+
+        Raises:
+            UsageError: it is no engine of Ignite.
+        """
         from ignite.engine import Events
 
+        if not hasattr(engine, "add_event_handler"):
+            raise UsageError(
+                f"{type(self).__name__}.attach: {type(engine).__name__} is no engine; give a MONAI evaluator or trainer"
+            )
         if self.name is None:
             self.logger = engine.logger
         engine.add_event_handler(Events.STARTED, self._begin)

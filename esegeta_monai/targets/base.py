@@ -63,10 +63,12 @@ class Target(Configurable, ABC):
 
 
 def _advise(name: str) -> str:
-    """Return what to write where the name of a class was given as a target."""
+    """Return what to write where the name or number of a class was given as a target."""
+    shown = name.strip("'\"")
+    quoted = shown if shown.isdigit() else f"'{shown}'"
     return (
-        f"If {name} is a class, write \"MultiClassMask('{name}')\" for the voxels of a segmentation, or "
-        f"\"ClassScore('{name}')\" for a classification"
+        f'If {shown} is a class, write "MultiClassMask({quoted})" for the voxels of a segmentation, or '
+        f'"ClassScore({quoted})" for a classification'
     )
 
 

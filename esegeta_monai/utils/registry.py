@@ -22,6 +22,7 @@ import torch
 from typing_extensions import dataclass_transform
 
 from esegeta_monai.errors import EsegetaError, UsageError
+from esegeta_monai.utils.mistakes import separated_by_commas, write_instead
 from esegeta_monai.utils.names import plain_key
 from esegeta_monai.utils.types import fit_parameters
 
@@ -219,16 +220,27 @@ class Registry(Generic[T]):
         if "." in name:
             known = [c for c in self._classes.values() if f"{c.__module__}.{c.__qualname__}" == name]
             return known[0] if known else self._import(name)
+        raise UsageError(f"there is no {self.kind} {name!r}: {self._hint(name)}")
+
+    def _hint(self, name: str) -> str:
+        """Return what may have been meant by a name that this registry does not have."""
+        commas = separated_by_commas(name)
+        if commas is not None and all(plain_key(part) in self._classes for part in commas.split(",")):
+            return f"separate several by commas: {commas}"
+        for other in _REGISTRIES:
+            if other is not self and plain_key(name) in other._classes:
+                return f"{other._classes[plain_key(name)].__name__} is a {other.kind}; {self._listing_hint()}"
         near = difflib.get_close_matches(plain_key(name), self._classes, n=4, cutoff=0.5)
         names = list(dict.fromkeys(self._classes[k].__name__ for k in near))  # the best match first
-        hint = f"did you mean {', '.join(names)}?" if names else self._listing_hint()
         spelled = difflib.get_close_matches(plain_key(name), near, n=1, cutoff=0.8)  # no doubt what was meant
-        advice = "" if self.advice is None or spelled else f" {self.advice(name)}"
-        raise UsageError(f"there is no {self.kind} {name!r}: {hint}{'' if names or not advice else ';'}{advice}")
+        advice = "" if self.advice is None or spelled else self.advice(name)
+        if not names:
+            return f"{self._listing_hint()}. {advice}" if advice else self._listing_hint()
+        return f"did you mean {', '.join(names)}?{f' {advice}' if advice else ''}"
 
     def _listing_hint(self) -> str:
         if self.command:
-            return f"'esegeta-monai {self.kind}s' lists them"
+            return f"'esegeta-monai {self.kind}s' lists all {self.kind}s"
         return f"there are {', '.join(cls.__name__ for cls in self)}"
 
     def _import(self, dotted: str) -> type[T]:
@@ -271,7 +283,10 @@ class Registry(Generic[T]):
             return self._build(self.get(str(what["_target_"])), (), nested)
         if isinstance(what, str):
             return self._parse(what)
-        raise UsageError(f"cannot make a {self.kind} of {what!r}: give an instance, a class, a name, or a config")
+        advice = f". {self.advice(str(what))}" if self.advice is not None and isinstance(what, int) else ""
+        raise UsageError(
+            f"cannot make a {self.kind} of {what!r}: give an instance, a class, a name, or a config{advice}"
+        )
 
     def create_all(self, what: Any) -> list[T]:
         """Make a list of instances from one description, a list of them, or comma-separated text.
@@ -303,13 +318,14 @@ class Registry(Generic[T]):
         try:
             node = ast.parse(text.strip(), mode="eval").body
         except SyntaxError as error:
-            raise UsageError(
-                f"cannot read the {self.kind} {text!r}: write Name or Name(parameter=value), and text that is no plain "
-                "word in quotes, such as layer='model.0'"
-            ) from error
+            cls = self._classes.get(plain_key(text.partition("(")[0]))
+            remedy = write_instead(text, () if cls is None else cls.parameter_names())
+            raise UsageError(f"cannot read the {self.kind} {text!r}: {remedy}") from error
         value = self._node(node, text)
         if not isinstance(value, self.base):
-            raise UsageError(f"cannot read the {self.kind} {text!r}: write Name or Name(parameter=value)")
+            advice = self.advice(text.strip()) if self.advice is not None and isinstance(value, (int, str)) else ""
+            general = "write Name or Name(parameter=value)"
+            raise UsageError(f"cannot read the {self.kind} {text!r}: {f'{general}. {advice}' if advice else general}")
         return value
 
     def _node(self, node: ast.AST, text: str, *, top: bool = True) -> Any:
@@ -331,7 +347,11 @@ class Registry(Generic[T]):
         try:
             return ast.literal_eval(node)
         except ValueError as error:
-            raise UsageError(f"{ast.unparse(node)!r} in {text!r} is neither a value nor a {self.kind}") from error
+            commas = separated_by_commas(text) if top else None
+            remedy = "" if commas is None else f": separate several by commas: {commas}"
+            raise UsageError(
+                f"{ast.unparse(node)!r} in {text!r} is neither a value nor a {self.kind}{remedy}"
+            ) from error
 
     def _registry_of(self, name: str) -> Registry[Any]:
         """Return the registry with the name of a parameter's value, such as a baseline inside a method.

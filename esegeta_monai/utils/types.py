@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from esegeta_monai.errors import UsageError
 
-__all__ = ["as_declared", "check_stated", "fit_parameters", "flag", "is_family", "number"]
+__all__ = ["as_declared", "check_stated", "device_named", "fit_parameters", "flag", "is_family", "number"]
 
 UNFIT: Final = object()
 """The result of `as_declared` for a value of another type."""
@@ -94,6 +95,21 @@ def number(name: str, value: Any, hint: Any, above: float) -> Any:
     if converted is UNFIT or (converted is not None and not above < converted < LARGEST):
         raise UsageError(f"{name}={value!r}: give {_words(hint)} above {above:g}")
     return converted
+
+
+def device_named(name: str, value: Any) -> torch.device:
+    """Return the device that a setting names.
+
+    Raises:
+        UsageError: torch has no such device.
+
+    >>> device_named("device", "cpu")
+    device(type='cpu')
+    """
+    try:
+        return torch.device(value)
+    except (RuntimeError, TypeError) as error:
+        raise UsageError(f"{name}={value!r}: no such device; write 'cpu', 'cuda' or 'cuda:1'") from error
 
 
 def flag(name: str, value: Any) -> bool:

@@ -28,7 +28,7 @@ def read_weights(path: str | os.PathLike[str], device: torch.device | str = "cpu
     """
     try:
         with warnings.catch_warnings():
-            # the error, if there is one, says more
+            # the error, if there is one, has the details
             warnings.filterwarnings("ignore", message="Detected pickle protocol", category=UserWarning)
             return torch.load(path, map_location=device, weights_only=True)
     except pickle.UnpicklingError as error:

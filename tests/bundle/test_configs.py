@@ -50,5 +50,5 @@ def test_a_wrong_macro_of_the_metadata_is_named(tmp_path: Path) -> None:
 
 
 def test_a_wrong_macro_of_an_override_names_no_file(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"^the macro %nowhere of 'extra'"):
-        BundleReader(make_bundle(tmp_path / "bundle"), overrides={"extra": "%nowhere"})
+    with pytest.raises(UsageError, match=r"^the macro %nowhere of 'amp'"):
+        BundleReader(make_bundle(tmp_path / "bundle"), overrides={"amp": "%nowhere"})

@@ -295,7 +295,7 @@ def test_no_such_folder_or_file(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no such folder"):
         BundleReader(tmp_path / "absent")
     folder = write(tmp_path / "bundle", minimal(), name="predict.json")
-    with pytest.raises(UsageError, match=r"no configs/inference\.json.*--config FILE.*metadata\.json, predict\.json"):
+    with pytest.raises(UsageError, match=r"no configs/inference\.json.*--config FILE.* are: configs/predict\.json"):
         BundleReader(folder)
     with pytest.raises(UsageError, match=r"no config file configs/other\.json"):
         BundleReader(folder, "configs/other.json")

@@ -46,11 +46,12 @@ def test_a_cohort_without_the_target_is_refused(tmp_path, monkeypatch, capsys):
     assert "no scan has a voxel of the target" in capsys.readouterr().err
 
 
-def test_without_a_target_every_predicted_class_is_shown(tmp_path, monkeypatch):
+def test_without_a_target_every_predicted_class_is_shown(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ESEGETA_TRUST", "1")
     bundle, scan, output = make_bundle(tmp_path / "bundle"), make_scan(tmp_path / "a.nii.gz"), tmp_path / "out"
     words = ["concepts", "--bundle", str(bundle), "--input", str(scan), "--output", str(output), "--layer", "model.0"]
     assert main([*words, "--channels", "1", "--regions", "1", "--no-checks"]) == 0
+    assert "a: ConceptRelevance took" in capsys.readouterr().err  # the name of the case, not "case 0"
     with (output / "concepts.csv").open(newline="") as file:
         targets = {row["target"] for row in csv.DictReader(file)}
     assert targets

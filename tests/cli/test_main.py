@@ -125,7 +125,7 @@ def test_finished_maps_are_skipped_unless_overwrite(bundle: Path, scans: Path, t
 def test_maps_are_checked_on_request(bundle: Path, scans: Path, tmp_path: Path) -> None:
     for words, known in (((), [None]), (("--check-maps",), ["none", "passed"])):
         out = tmp_path / str(len(words))
-        methods = ("--method", "Saliency", "--method", "VanillaBackprop")
+        methods = ("--methods", "Saliency", "--methods", "VanillaBackprop")
         assert explained(bundle, scans / "007.nii.gz", out, "--target", "MultiClassMask(1)", *methods, *words) == 0
         results = {json.loads(p.read_text(encoding="utf-8")).get("map_check") for p in out.rglob("*_attr.json")}
         assert sorted(results, key=str) == known
@@ -462,6 +462,13 @@ def test_help(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
         (["explian"], "there is no command 'explian': did you mean explain"),
         (["--verson"], "no option --verson: did you mean --version"),
         (["--bundle", "b"], "before the command: write 'esegeta-monai COMMAND --bundle'"),
+        (["explain", "--method", "Saliency"], "no option --method: did you mean --methods"),  # nothing is guessed
+        (["explain", "--window", "64x64"], "no option --window: the window is that of the bundle's inferer"),
+        (["explain", "--layer", "model.1"], "no option --layer: a layer is a parameter of a method"),
+        (["explain", "-o", "out"], "no option -o: did you mean --override or --output"),
+        (["explain", "-x"], "there is no option -x (see"),
+        (["methods", "GradCam", "Saliency"], "'Saliency' belongs to no option"),
+        (["explain", "--input", "a", "--output", "o", "--methods", "LRP", "GradCam"], "commas between several names"),
     ],
 )
 def test_misspelled_options_and_commands(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -122,7 +122,7 @@ def test_names_from_the_package_in_full():
     [
         ("Aple", "did you mean Apple"),
         ("Appel", "did you mean Apple"),
-        ("xyzzy", "'esegeta-monai fruits' lists them"),
+        ("xyzzy", "'esegeta-monai fruits' lists all fruits"),
         ("no.such.module", "cannot import"),
         ("pathlib.Path", "must derive from"),
         ("Apple(wieght=2)", "its parameters are: weight, inside, name"),
@@ -158,7 +158,7 @@ def test_create_from_everything():
 
 @pytest.mark.parametrize("text", ["", " ", " , "])
 def test_text_that_names_nothing_is_refused(text):
-    with pytest.raises(UsageError, match="no fruit is named: 'esegeta-monai fruits' lists them"):
+    with pytest.raises(UsageError, match="no fruit is named: 'esegeta-monai fruits' lists all fruits"):
         registry().create_all(text)
 
 

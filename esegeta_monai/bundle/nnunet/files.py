@@ -56,6 +56,12 @@ def check_single(folder: Path) -> None:
         raise UsageError(
             f"{folder.name} holds several nnU-Net models: give the folder of one, {', '.join(inside[:6])}{more}"
         )
+    if (folder / "configs").is_dir():
+        raise UsageError(f"{folder.name} is a MONAI bundle: give it by --bundle, not --nnunet")
+    raise UsageError(
+        f"{folder.name} is no nnU-Net model folder, since it has no plans.json: give the folder "
+        "TRAINER__PLANS__CONFIGURATION that nnUNetv2_train has written"
+    )
 
 
 def nnunet_module(module: str) -> Any:

@@ -32,6 +32,7 @@ from esegeta_monai.engine.resampled import OUTPUT_GRID
 from esegeta_monai.errors import NetworkError, UsageError
 from esegeta_monai.explain.ensemble import EnsembleInferer
 from esegeta_monai.utils.files import sha256_file
+from esegeta_monai.utils.types import device_named
 
 __all__ = ["NnunetReader"]
 
@@ -76,7 +77,7 @@ class NnunetReader(BundleReader):
         previous: str | Path | None = None,
     ) -> None:
         self.bundle_dir = Path(folder).resolve()
-        self.device, self.mirroring, self.step = torch.device(device), bool(mirroring), float(step)
+        self.device, self.mirroring, self.step = device_named("device", device), bool(mirroring), float(step)
         self.model = model = NnunetModel.read(self.bundle_dir, folds, checkpoint)
         self.config_files = (self.bundle_dir / "plans.json", self.bundle_dir / "dataset.json")
         self.plans, self.configuration, self.labels = model.plans, model.configuration, model.labels

@@ -153,7 +153,10 @@ def _of_tensor(output: Tensor, step: Any, axes: int | None, key: Any) -> Tensor:
         return _plain(output)[:, number]
     if number == 0:
         return _plain(output)
-    raise NetworkError(f"output={key!r}, but the network returns a single tensor {tuple(output.shape)}: omit output")
+    raise NetworkError(
+        f"output={key!r}, but the network returns a single tensor {tuple(output.shape)}: omit output (on the command "
+        "line --network-output)"
+    )
 
 
 def _steps(output: Any, key: Any) -> list[Any]:

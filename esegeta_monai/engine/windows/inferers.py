@@ -23,7 +23,7 @@ from monai.inferers.utils import sliding_window_inference
 from monai.utils import ensure_tuple_rep, fall_back_tuple
 
 from esegeta_monai.engine.windows.plan import WindowPlan
-from esegeta_monai.errors import NetworkError
+from esegeta_monai.errors import NetworkError, UsageError
 from esegeta_monai.utils.upstream import scan_interval, splitter_padding, splitter_parameters
 
 __all__ = ["as_inferer", "plan_windows"]
@@ -36,9 +36,15 @@ def as_inferer(inferer: Any) -> Any:
 
     Raises:
         NetworkError: the partial function binds ``process_fn`` or a predictor, or it is Auto3DSeg's ``AlgoEnsemble``.
+        UsageError: it cannot be called.
     """
     if inferer is None:
         return SimpleInferer()
+    if not callable(inferer):
+        raise UsageError(
+            f"inferer={inferer!r}: give an inferer of MONAI, such as "
+            "SlidingWindowInferer((96, 96, 96), sw_batch_size=4, overlap=0.5), or a function (inputs, network)"
+        )
     if any(kind.__module__.startswith("monai.apps.auto3dseg") for kind in type(inferer).__mro__):
         raise NetworkError(
             f"{type(inferer).__name__} joins the finished predictions of algorithms with preprocessing and windows of "

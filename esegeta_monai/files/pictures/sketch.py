@@ -129,8 +129,9 @@ class Sketch:
         scale = min((PLANES_WIDTH - GAP * len(extents)) / across, PLANES_HEIGHT / up)  # inches per mm
         drawn = across * scale + GAP * (len(extents) - 1)
         self.width = max(drawn + 2 * MARGIN + BAR, LEAST_WIDTH)
-        top = self._lines(heading, (14, 10))
-        bottom = self._lines([*([outlined] if outlined else []), *footing], (9.5,))
+        top = self._lines(heading, (14, 10), self.width)
+        below = [*([outlined] if outlined else []), *footing]
+        bottom = self._lines(below, (9.5,), self.width - BAR)  # the words under the colour bar reach down beside them
         middle = up * scale + 2 * MARGIN
         self.height = sum(size * 1.45 / 72 for _, size in top + bottom) + middle + 0.35
         self.figure = Figure(figsize=(self.width, self.height), dpi=DPI, facecolor=PAPER)
@@ -199,12 +200,12 @@ class Sketch:
                 temporary, format="png", dpi=DPI, metadata={"Description": INTENDED_USE, "Software": None}
             )
 
-    def _lines(self, texts: Sequence[str], sizes: Sequence[float]) -> list[tuple[str, float]]:
-        """Wrap texts to the figure; return each line with its font size (the last size repeats)."""
+    def _lines(self, texts: Sequence[str], sizes: Sequence[float], width: float) -> list[tuple[str, float]]:
+        """Wrap texts to a width in inches; return each line with its font size (the last size repeats)."""
         lines = []
         for number, text in enumerate(texts):
             size = sizes[min(number, len(sizes) - 1)]
-            characters = int((self.width - 2 * MARGIN) * 72 / (0.56 * size))
+            characters = int((width - 2 * MARGIN) * 72 / (0.56 * size))
             lines += [(line, size) for line in textwrap.wrap(text, characters) or [""]]
         return lines
 

@@ -164,7 +164,7 @@ def cluster_maps(
     """
     n = len(maps)
     if n < LEAST_CASES:
-        return Clusters(None, f"{n} cases are fewer than {LEAST_CASES}: the embedding is shown, and no clusters")
+        return Clusters(None, f"fewer than {LEAST_CASES} cases ({n}): the embedding is shown, and no clusters")
     order = canonical_order(maps)
     rows = maps[order]
     rows = rows / np.maximum(np.abs(rows).sum(tuple(range(1, rows.ndim)), keepdims=True), 1e-300)

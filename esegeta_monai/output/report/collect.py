@@ -137,7 +137,8 @@ def read_output(folder: Path) -> Run:
         UsageError: there is no such folder, or it has no results.
     """
     if not folder.is_dir():
-        raise UsageError(f"{folder}: there is no such folder; give the output folder of 'esegeta-monai explain'")
+        what = "it is a file" if folder.exists() else "there is no such folder"
+        raise UsageError(f"{folder}: {what}; give the output folder of 'esegeta-monai explain'")
     whole: list[str] = []
     """Notes that concern all cases."""
     contents = read_run(folder)

@@ -300,3 +300,15 @@ def test_what_the_map_tells_is_written(tmp_path, sheets):
     text = words(sheets[0])
     assert "Where the layer is active." in text
     assert "top: strong activation" in text
+
+
+def test_the_text_below_leaves_room_for_the_words_of_the_colour_bar(tmp_path, sheets):
+    mask = torch.zeros(SIZE)
+    mask[10:14, 5:9, 6:9] = 1
+    names = {**NAMES, "class_name": "oedema of the left temporal lobe " * 8}
+    save_picture(tmp_path / "a.png", black_scan(), peak(11, 6, 7), mask, signed=True, **names)
+    (sheet,) = sheets
+    sheet.figure.canvas.draw()
+    below = [text.get_window_extent() for text in sheet.figure.texts if text.get_position()[1] < sheet._centre / 10]
+    assert len(below) > 6
+    assert max(box.x1 for box in below) < sheet.figure.axes[-1].get_window_extent().x0

@@ -51,7 +51,7 @@ def test_maps_of_one_kind_are_no_clusters():
 def test_fewer_than_thirty_cases_are_not_clustered():
     result = cluster_maps(planted(29))
     assert result.labels is None
-    assert "29 cases are fewer than 30" in result.reason
+    assert "fewer than 30 cases (29)" in result.reason
 
 
 def test_the_order_of_cases_does_not_matter():
