@@ -254,6 +254,7 @@ def explainer_for(reader: BundleReader, options: Namespace) -> Explainer:
         postprocessing=output_use(reader),
         agreement=getattr(options, "agreement", False),
         layer_axes=layer_axes(options.layer_axes),
+        memory_format=getattr(options, "memory_format", None),
     )
 
 

@@ -85,6 +85,11 @@ class Explainer:
             they show what the output is, and which thresholds and outputs are used. They are not run.
         inputs_as: how several image inputs are passed to the network: ``"dict"`` (by name) or ``"list"`` as its only
             argument; None: the first by position, the others by name.
+        memory_format: order of values in memory on the network's device, 2D and 3D: ``"contiguous"``,
+            ``"channels_last"``, or ``"auto"``, which measures both on the first windows; the choice is stored in the
+            run, and used again when it is resumed. None: by a fixed rule for the device and the network's operations
+            (`esegeta_monai.engine.network.memory_format.format_by_rule`). Channels-last is used only where it gives
+            the numbers of contiguous windows; what was used, and why, is in the record.
         agreement: compute the maps of the members of an ensemble, and of its mirrored views, alone as well: the record
             has under ``agreement`` how far they agree, and the maps are in `Attribution.agreement`. It takes the
             passes of the ensemble once more for members and for views, and the memory of one map for each.
@@ -128,6 +133,7 @@ class Explainer:
         inputs_as: InputsAs | None = None,
         agreement: bool = False,
         layer_axes: Mapping[str, str] | None = None,
+        memory_format: str | None = None,
     ) -> None:
         if not isinstance(network, nn.Module):
             raise UsageError(
@@ -160,6 +166,7 @@ class Explainer:
             checks=checks_of(checks),
             agreement=flag("agreement", agreement),
             layer_axes=layer_axes_of(layer_axes),
+            memory_format=memory_format,
         )
 
     def __call__(
@@ -305,7 +312,7 @@ class Explainer:
                 for method in task.methods:
                     for k, bound in enumerate(task.bound):
                         alone = task.objective.derive(scores=[task.objective.scores[k]])
-                        with evaluating(settings.network, settings.device):
+                        with evaluating(settings.network, settings.device, alone.model.memory_format):
                             cost = cost_of(method, alone, case.index, bound.label, calibration)
                             if settings.agreement:
                                 cost = with_agreement(cost, method, alone)

@@ -15,6 +15,7 @@ from torch import nn
 from esegeta_monai.engine.head import HEADS, Declared, Postprocessing
 from esegeta_monai.engine.network.model import check_network, is_scripted
 from esegeta_monai.errors import NetworkError, UsageError
+from esegeta_monai.explain.formats import FormatStore, format_of
 from esegeta_monai.explain.record import described
 from esegeta_monai.methods.base import Method
 from esegeta_monai.targets.base import Target
@@ -89,6 +90,8 @@ class Settings:
         inputs_as: how several image inputs are passed: ``"dict"``, ``"list"``, or None: separately.
         layer_axes: axes of layers where they cannot be found out, by the layer's name.
         agreement: also compute the maps of the members of an ensemble and of its mirrored views alone.
+        memory_format: order of values in memory: ``"contiguous"``, ``"channels_last"``, ``"auto"``, or None: by rule.
+        formats: measured choices of the memory format.
         inferer_record: name and parameters of the inferer as it was given.
 
     Raises:
@@ -118,6 +121,8 @@ class Settings:
     inputs_as: InputsAs | None = None
     layer_axes: Mapping[str, str] = field(default_factory=dict)
     agreement: bool = False
+    memory_format: str | None = None
+    formats: FormatStore = field(default_factory=FormatStore)
     inferer_record: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -138,6 +143,7 @@ class Settings:
         if self.on_error not in ("raise", "record"):
             raise UsageError(f"on_error={self.on_error!r}: give 'raise' or 'record'")
         object.__setattr__(self, "checks", checks_of(self.checks))
+        format_of(self.memory_format)
         if self.head is not None and self.head not in HEADS:
             raise UsageError(f"head={self.head!r}: give {', '.join(map(repr, HEADS))}, or None to find out")
         if self.inputs_as not in (None, "dict", "list"):

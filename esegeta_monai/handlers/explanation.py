@@ -16,6 +16,7 @@ from esegeta_monai.engine.head import HeadKind
 from esegeta_monai.errors import EsegetaError, UsageError
 from esegeta_monai.explain.attribution import Attribution
 from esegeta_monai.explain.costs import Cost, table
+from esegeta_monai.explain.formats import format_of
 from esegeta_monai.explain.settings import Checks
 from esegeta_monai.files.maps import picture_path
 from esegeta_monai.handlers.base import CaseHandler
@@ -71,6 +72,7 @@ class ExplanationHandler(CaseHandler):
         head: the meaning of the network's output, see `esegeta_monai.Explainer`; None: determined from the network and
             the engine's postprocessing.
         layer_axes: axes of layers where they cannot be found out, see `esegeta_monai.Explainer`.
+        memory_format: order of values in memory, see `esegeta_monai.Explainer`.
         agreement: also write where the networks of an ensemble agree, see `esegeta_monai.Explainer`.
 
     A failed method or case is recorded in ``run.json`` and logged; files that can no longer be written (a full disk,
@@ -117,6 +119,7 @@ class ExplanationHandler(CaseHandler):
         name: str | None = None,
         head: HeadKind | None = None,
         layer_axes: Mapping[str, str] | None = None,
+        memory_format: str | None = None,
         agreement: bool = False,
     ) -> None:
         super().__init__(
@@ -141,6 +144,7 @@ class ExplanationHandler(CaseHandler):
             progress=flag("progress", progress),
             head=head,
             layer_axes=layer_axes,
+            memory_format=format_of(memory_format),
             agreement=flag("agreement", agreement),
         )
         for what, given in (("methods", self.methods), ("targets", self.targets)):

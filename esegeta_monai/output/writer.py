@@ -21,6 +21,7 @@ import esegeta_monai.files as storage
 from esegeta_monai.engine.feature_masks import table_csv
 from esegeta_monai.errors import EsegetaError, InputError, MethodError, OutputLost, RankLost, named_reason
 from esegeta_monai.explain.explainer import Attribution, Explainer
+from esegeta_monai.explain.formats import STORE
 from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.explain.record import DECIDES, Record
 from esegeta_monai.files.copies import mask_path, save_mask, save_scan_copy, scan_copy_path
@@ -231,6 +232,7 @@ class ResultWriter:
 
         computed: list[tuple[str, str]] = []
         kept = self.output_dir / ".scores"
+        explainer.settings.formats.path = self.output_dir / STORE
         try:
             check_sources(image, more.get("data"))
             storage.check_contents(image, case)
