@@ -20,12 +20,18 @@ from esegeta_monai.methods.base import Method
 from esegeta_monai.methods.precision import SAMPLED
 from esegeta_monai.methods.run import run
 
-__all__ = ["COSTLY", "Cost", "check_cost", "cost_of", "duration", "table", "with_agreement"]
+__all__ = ["COSTLY", "Cost", "check_cost", "cost_of", "costs_of", "duration", "table", "with_agreement"]
 
 logger = logging.getLogger("esegeta_monai")
 
 MOST_PASSES = 64
 """Passes per window after which a timed copy is stopped."""
+
+TRIALS = 6.0
+"""Seconds that the trials of all methods take together, without their timed copies."""
+
+SHORT = 0.1
+"""Seconds of a trial that is short enough to be made for each target."""
 
 COSTLY = 100_000
 """Largest number of perturbations that a method computes unless ``allow_costly`` is set."""
@@ -46,6 +52,7 @@ class Cost:
         peak_memory_bytes: peak of the timed passes; memory does not grow with the number of passes.
         note: why there is nothing to compute or why the method would be refused; None if it would run.
         statement: what the method can find on this case, see `Method.foreseen`.
+        whole: the trial ran to its end.
     """
 
     case: int
@@ -58,6 +65,7 @@ class Cost:
     peak_memory_bytes: int | None = None
     note: str | None = None
     statement: str | None = None
+    whole: bool = False
 
 
 def cost_of(method: Method, objective: Objective, case: int, label: str, calibration: float) -> Cost:
@@ -97,11 +105,66 @@ def cost_of(method: Method, objective: Objective, case: int, label: str, calibra
         seconds = _extrapolated(method, objective, passes / processes.size)
     except EsegetaError as error:
         return Cost(case, name, label, note=str(error))
+    exact, memory, foreseen = whole or method.passes_exact, peak_memory(device), method.foreseen(objective)
+    naive = _naive(method, objective, passes)
+    return Cost(case, name, label, passes, exact, naive, seconds, memory, statement=foreseen, whole=whole)
+
+
+def _naive(method: Method, objective: Objective, passes: int) -> int:
+    """Return the window passes of an implementation that predicts the whole image for each perturbation."""
     predictions, windows = method.predictions(objective), len(objective.windows)
     rounds = passes / windows if predictions is None else predictions + 1
-    naive = round(rounds * len(objective.plan))
-    exact, memory = whole or method.passes_exact, peak_memory(device)
-    return Cost(case, name, label, passes, exact, naive, seconds, memory, statement=method.foreseen(objective))
+    return round(rounds * len(objective.plan))
+
+
+def costs_of(
+    method: Method, objectives: Sequence[Objective], case: int, labels: Sequence[str], calibration: float
+) -> list[Cost]:
+    """Estimate the costs of a method on several targets of a case, with one trial where it tells them all.
+
+    The trial is made for the target that is seen by most windows (`cost_of`). The time of another target is its known
+    passes times the time per pass. A target has a trial of its own if its passes are not known, or are of other kinds,
+    or if the trial was short.
+
+    Args:
+        method: the method.
+        objectives: one for each target.
+        case: index of the case.
+        labels: labels of the targets.
+        calibration: time limit of a trial in seconds.
+    """
+    most = max(range(len(objectives)), key=lambda k: len(objectives[k].windows))
+    first = cost_of(method, objectives[most], case, labels[most], calibration)
+    known = first.note is None and first.seconds is not None and first.passes > 0 and method.passes_exact
+    known = known and not (first.whole and first.seconds is not None and first.seconds < SHORT)
+    costs = []
+    for k, (objective, label) in enumerate(zip(objectives, labels)):
+        if k == most:
+            costs.append(first)
+        elif known and objective.linear == objectives[most].linear:
+            costs.append(_scaled(first, method, objective, label))
+        else:
+            costs.append(cost_of(method, objective, case, label, calibration))
+    return costs
+
+
+def _scaled(cost: Cost, method: Method, objective: Objective, label: str) -> Cost:
+    """Return the cost for another target, from the time per pass of the first one."""
+    processes = objective.context.processes
+    context = RunContext(Progress(silent=True), processes, window_batch=objective.window_batch)
+    try:
+        passes = method.passes(objective.derive(context=context))
+    except EsegetaError as error:
+        return Cost(cost.case, cost.method, label, note=str(error))
+    assert cost.seconds is not None
+    return replace(
+        cost,
+        target=label,
+        passes=passes,
+        naive_passes=_naive(method, objective, passes),
+        seconds=cost.seconds * passes / cost.passes,
+        statement=method.foreseen(objective),
+    )
 
 
 def _extrapolated(method: Method, objective: Objective, passes: float) -> float | None:

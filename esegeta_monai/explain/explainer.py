@@ -24,7 +24,7 @@ from esegeta_monai.engine.windows.inferers import as_inferer
 from esegeta_monai.errors import EsegetaError, RankLost, UsageError
 from esegeta_monai.explain.attribution import Attribution, Attributions
 from esegeta_monai.explain.case import BatchInputs
-from esegeta_monai.explain.costs import Cost, cost_of, with_agreement
+from esegeta_monai.explain.costs import TRIALS, Cost, costs_of, with_agreement
 from esegeta_monai.explain.outcomes import BoundTarget, Outcomes
 from esegeta_monai.explain.prediction import Prediction
 from esegeta_monai.explain.run import CaseRun, JudgedCase, OnBegin, Skip
@@ -288,7 +288,8 @@ class Explainer:
 
         Args:
             image, methods, targets: as in `__call__`.
-            calibration: largest number of seconds for which each method is run.
+            calibration: largest number of seconds for which each method is run; less for many methods, which share
+                `esegeta_monai.explain.costs.TRIALS` seconds.
             inputs: ``data``, ``prediction``, ``network_args``, ``network_kwargs`` as in `__call__`.
 
         Raises:
@@ -309,14 +310,14 @@ class Explainer:
                 if isinstance(task, Attribution):
                     yield Cost(case.index, str(task.method.name), task.label, note=task.record["reason"])
                     continue
+                alone = [task.objective.derive(scores=[score]) for score in task.objective.scores]
+                labels, share = [bound.label for bound in task.bound], min(calibration, TRIALS / len(chosen))
                 for method in task.methods:
-                    for k, bound in enumerate(task.bound):
-                        alone = task.objective.derive(scores=[task.objective.scores[k]])
-                        with evaluating(settings.network, settings.device, alone.model.memory_format):
-                            cost = cost_of(method, alone, case.index, bound.label, calibration)
-                            if settings.agreement:
-                                cost = with_agreement(cost, method, alone)
-                        yield cost
+                    with evaluating(settings.network, settings.device, task.objective.model.memory_format):
+                        costs = costs_of(method, alone, case.index, labels, share)
+                        if settings.agreement:
+                            costs = [with_agreement(cost, method, one) for cost, one in zip(costs, alone)]
+                    yield from costs
 
     def check(self, image: Tensor | Mapping[str, Tensor], **inputs: Any) -> list[CheckResult]:
         """Check what maps take for granted about the network and the first image of a batch, without explaining it.

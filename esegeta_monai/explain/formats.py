@@ -1,4 +1,4 @@
-"""The choice of the memory format of a case: by rule, by request, or by measurement; only where numbers stay the same."""
+"""The choice of the memory format of a case, by rule, request or measurement, where the numbers stay the same."""
 
 from __future__ import annotations
 
