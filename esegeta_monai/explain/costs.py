@@ -30,6 +30,9 @@ MOST_PASSES = 64
 TRIALS = 6.0
 """Seconds that the trials of all methods take together, without their timed copies."""
 
+FEW = 4
+"""Perturbations of a copy that is timed quickly."""
+
 SHORT = 0.1
 """Seconds of a trial that is short enough to be made for each target."""
 
@@ -68,7 +71,9 @@ class Cost:
     whole: bool = False
 
 
-def cost_of(method: Method, objective: Objective, case: int, label: str, calibration: float) -> Cost:
+def cost_of(
+    method: Method, objective: Objective, case: int, label: str, calibration: float, *, quick: bool = False
+) -> Cost:
     """Estimate the cost of a method on an objective with one target: known passes times a measured time per pass.
 
     The method runs for at most ``calibration`` seconds. If it ends in time, its cost is known. Otherwise a cheap copy
@@ -79,6 +84,8 @@ def cost_of(method: Method, objective: Objective, case: int, label: str, calibra
         objective: the objective; nothing is computed or stored on it.
         case, label: index of the case and label of the target, for the result.
         calibration: time limit of the trial in seconds; several processes make no trial.
+        quick: time one copy of few passes, where many methods are estimated: the time that a method takes once counts
+            as time of its passes.
     """
     name, device, processes = str(method.name), objective.model.device, objective.context.processes
     context = RunContext(Progress(silent=True), processes, window_batch=objective.window_batch)
@@ -102,7 +109,7 @@ def cost_of(method: Method, objective: Objective, case: int, label: str, calibra
             default_layer(fresh)
             searched = progress.passes
         passes = method.passes(fresh) + searched
-        seconds = _extrapolated(method, objective, passes / processes.size)
+        seconds = _extrapolated(method, objective, passes / processes.size, quick)
     except EsegetaError as error:
         return Cost(case, name, label, note=str(error))
     exact, memory, foreseen = whole or method.passes_exact, peak_memory(device), method.foreseen(objective)
@@ -118,7 +125,13 @@ def _naive(method: Method, objective: Objective, passes: int) -> int:
 
 
 def costs_of(
-    method: Method, objectives: Sequence[Objective], case: int, labels: Sequence[str], calibration: float
+    method: Method,
+    objectives: Sequence[Objective],
+    case: int,
+    labels: Sequence[str],
+    calibration: float,
+    *,
+    quick: bool = False,
 ) -> list[Cost]:
     """Estimate the costs of a method on several targets of a case, with one trial where it tells them all.
 
@@ -132,9 +145,10 @@ def costs_of(
         case: index of the case.
         labels: labels of the targets.
         calibration: time limit of a trial in seconds.
+        quick: see `cost_of`.
     """
     most = max(range(len(objectives)), key=lambda k: len(objectives[k].windows))
-    first = cost_of(method, objectives[most], case, labels[most], calibration)
+    first = cost_of(method, objectives[most], case, labels[most], calibration, quick=quick)
     known = first.note is None and first.seconds is not None and first.passes > 0 and method.passes_exact
     known = known and not (first.whole and first.seconds is not None and first.seconds < SHORT)
     costs = []
@@ -144,7 +158,7 @@ def costs_of(
         elif known and objective.linear == objectives[most].linear:
             costs.append(_scaled(first, method, objective, label))
         else:
-            costs.append(cost_of(method, objective, case, label, calibration))
+            costs.append(cost_of(method, objective, case, label, calibration, quick=quick))
     return costs
 
 
@@ -167,14 +181,16 @@ def _scaled(cost: Cost, method: Method, objective: Objective, label: str) -> Cos
     )
 
 
-def _extrapolated(method: Method, objective: Objective, passes: float) -> float | None:
+def _extrapolated(method: Method, objective: Objective, passes: float, quick: bool) -> float | None:
     """Extrapolate the seconds of ``passes`` window passes from a cheap copy, timed on one and two batches of windows.
 
     Two sizes separate the time per pass from the time that the method takes once. On a CPU a batch is one window,
     since a window takes as long alone as in a batch.
     """
     batch = 1 if objective.model.device.type == "cpu" else objective.window_batch
-    small, large = (_timed(method, objective, n * batch) for n in (1, 2))
+    samples = FEW if quick else SAMPLED
+    small = _timed(method, objective, batch, samples)
+    large = small if quick else _timed(method, objective, 2 * batch, samples)
     if large[2] is not None:
         why = named_reason(large[2])
         logger.warning("%s: its time is a rough estimate or unknown: it fails on a few windows: %s", method.name, why)
@@ -186,13 +202,13 @@ def _extrapolated(method: Method, objective: Objective, passes: float) -> float 
     return max(0.0, large[0] - rate * large[1]) + rate * passes
 
 
-def _timed(method: Method, objective: Objective, windows: int) -> tuple[float, int, Exception | None]:
+def _timed(method: Method, objective: Objective, windows: int, samples: int) -> tuple[float, int, Exception | None]:
     """Time a cheap copy of a method on the first windows that the target sees.
 
     Returns:
         Seconds, window passes, and the error that ended it early; None for a limit.
     """
-    context = RunContext.for_sample(SAMPLED, objective.window_batch)
+    context = RunContext.for_sample(samples, objective.window_batch)
     first, device = objective.derive(first_windows=windows, context=context), objective.model.device
     context.progress.start(pass_limit=MOST_PASSES * windows)
     began = _now(device)

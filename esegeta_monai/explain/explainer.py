@@ -314,7 +314,7 @@ class Explainer:
                 labels, share = [bound.label for bound in task.bound], min(calibration, TRIALS / len(chosen))
                 for method in task.methods:
                     with evaluating(settings.network, settings.device, task.objective.model.memory_format):
-                        costs = costs_of(method, alone, case.index, labels, share)
+                        costs = costs_of(method, alone, case.index, labels, share, quick=share < calibration)
                         if settings.agreement:
                             costs = [with_agreement(cost, method, one) for cost, one in zip(costs, alone)]
                     yield from costs
