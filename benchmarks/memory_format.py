@@ -1,6 +1,6 @@
 """Compare explanations by the rule of memory formats with a bare loop over contiguous windows.
 
-    python benchmarks/memory_format.py [--edge 48] [--repeats 3] [--output benchmarks/results/memory_format.md]
+    python benchmarks/memory_format.py [--edge 48] [--along 4] [--repeats 3] [--output benchmarks/results/memory_format.md]
 
 The bare loop makes the passes of the method, forward and backward, over contiguous windows, with parameters that need
 no gradient. All loops of a network take turns; each figure is the least of several rounds, in seconds of the processor
@@ -55,15 +55,14 @@ def networks(edge: int) -> dict[str, tuple[Callable[[], nn.Module], int, tuple[i
     }
 
 
-def loop(network: nn.Module, windows: Tensor, batches: int, backward: bool) -> Callable[[], None]:
-    """Return a function that makes passes over contiguous windows (n, C, *roi)."""
+def loop(network: nn.Module, windows: Tensor, forward: int, backward: int) -> Callable[[], None]:
+    """Return a function that makes passes over contiguous windows (n, C, *roi), without and with a backward pass."""
 
     def call() -> None:
-        for _ in range(batches):
-            if not backward:
-                with torch.inference_mode():
-                    network(windows)
-                continue
+        for _ in range(forward):
+            with torch.inference_mode():
+                network(windows)
+        for _ in range(backward):
             x = windows.clone().requires_grad_(True)
             out = network(x)
             torch.autograd.grad(out, x, torch.ones_like(out))
@@ -84,34 +83,43 @@ def measured(calls: dict[str, Callable[[], None]], repeats: int) -> dict[str, fl
 
 
 class Counted(nn.Module):
-    """A network that counts the images that it gets."""
+    """A network that counts the images that it gets without and with a backward pass."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.network, self.images = network, 0
+        self.network, self.images, self.backward = network, 0, 0
 
     def forward(self, x: Tensor) -> Tensor:
-        self.images += len(x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            self.backward += len(x)
+        else:
+            self.images += len(x)
         return self.network(x)
 
 
 def compare(
-    name: str, build: Callable[[], nn.Module], channels: int, roi: tuple[int, ...], target: str, repeats: int
+    name: str,
+    build: Callable[[], nn.Module],
+    channels: int,
+    roi: tuple[int, ...],
+    target: str,
+    repeats: int,
+    along: int,
 ) -> list[str]:
     """Return the row of a network: format, and the ratios of each method to the bare loop."""
     torch.manual_seed(0)
     network = build().eval().requires_grad_(False)
     whole = target.startswith("Class")
-    image = torch.rand(1, channels, *(roi if whole else (roi[0] * 2, *roi[1:])))
+    image = torch.rand(1, channels, *(roi if whole else (roi[0] * along, *roi[1:])))
     inferer = None if whole else SlidingWindowInferer(roi, BATCH, 0.0)
     windows = 1 if whole else BATCH
     with torch.no_grad():
         prediction = network(image) if inferer is None else inferer(image, network)
-    methods = {"Saliency": True, "IntegratedGradients(n_steps=4, baseline='zero')": True}
+    methods = ["Saliency", "IntegratedGradients(n_steps=4, baseline='zero')"]
     if not whole:
-        methods[f"Occlusion(window={roi[0] // 2}, stride={roi[0] // 2})"] = False
+        methods.append(f"Occlusion(window={roi[0] // 2}, stride={roi[0] // 2})")
     cells, used = [], ""
-    for method, backward in methods.items():
+    for method in methods:
         counted = Counted(network)
         explainer = Explainer(network, inferer, checks=False, window_batch=windows)
 
@@ -124,10 +132,10 @@ def compare(
         Explainer(counted, inferer, checks=False, window_batch=windows, memory_format="contiguous")(
             image, [method], [target], prediction=prediction
         )[0]
-        batches = -(-counted.images // windows)
+        forward, backward = -(-counted.images // windows), -(-counted.backward // windows)
         batch = torch.rand(windows, channels, *roi)
-        took = measured({"ours": ours, "bare": loop(network, batch, batches, backward)}, repeats)
-        cells.append(f"{took['ours'] / took['bare']:.2f} ({counted.images})")
+        took = measured({"ours": ours, "bare": loop(network, batch, forward, backward)}, repeats)
+        cells.append(f"{took['ours'] / took['bare']:.2f} ({counted.images} + {counted.backward})")
     return [name, "x".join(map(str, roi)), used, *cells, *["–"] * (3 - len(cells))]
 
 
@@ -135,6 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--edge", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--along", type=int, default=4, help="windows of a volume, a multiple of 2")
     parser.add_argument("--only", default="", help="part of a network's name")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "memory_format.md")
     args = parser.parse_args()
@@ -143,14 +152,15 @@ def main() -> None:
     rows = []
     for name, network in networks(args.edge).items():
         if args.only in name:
-            rows.append(compare(name, *network, args.repeats))
+            rows.append(compare(name, *network, args.repeats, args.along))
             print(" | ".join(rows[-1]), flush=True)
     head = ["network", "window", "format by the rule", "Saliency", "IntegratedGradients, 4 steps", "Occlusion"]
     lines = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
     text = (
         "# Memory format against the bare contiguous loop\n\n`python benchmarks/memory_format.py`\n\n"
         f"Processor seconds over those of a bare loop of as many passes over contiguous windows, parameters without\n"
-        f"gradients, in brackets the passes; one thread, torch {torch.__version__}, {platform.machine()}.\n\n"
+        f"gradients, in brackets the\n"
+        f"passes without and with a backward pass; one thread, torch {torch.__version__}, {platform.machine()}.\n\n"
     )
     args.output.write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
 
