@@ -158,9 +158,9 @@ def main() -> None:
     lines = ["| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]]
     text = (
         "# Memory format against the bare contiguous loop\n\n`python benchmarks/memory_format.py`\n\n"
-        f"Processor seconds over those of a bare loop of as many passes over contiguous windows, parameters without\n"
-        f"gradients, in brackets the\n"
-        f"passes without and with a backward pass; one thread, torch {torch.__version__}, {platform.machine()}.\n\n"
+        f"Processor seconds over those of a bare loop of as many passes over contiguous windows, parameters\n"
+        "without gradients, in brackets the passes without a backward pass and with one;\n"
+        f"one thread, torch {torch.__version__}, {platform.machine()}.\n\n"
     )
     args.output.write_text(text + "\n".join(lines) + "\n", encoding="utf-8")
 
