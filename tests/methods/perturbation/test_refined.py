@@ -41,7 +41,8 @@ def test_the_map_is_the_fine_one_where_it_says_so(dims: int) -> None:
     for place in coarse.record["exact_boxes"]:
         exact[(..., *(slice(a, b) for a, b in place))] = True
     a, b = fine.map.as_tensor(), coarse.map.as_tensor()
-    assert exact.any() and not exact.all()
+    assert exact.any()
+    assert not exact.all()
     assert coarse.record["exact_share"] == pytest.approx(float(exact.double().mean()))
     assert (a - b)[exact].abs().max() <= 1e-10 * a.abs().max()
     assert bool(exact.flatten()[a.abs().argmax()])
