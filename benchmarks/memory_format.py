@@ -1,6 +1,6 @@
 """Compare explanations by the rule of memory formats with a bare loop over contiguous windows.
 
-    python benchmarks/memory_format.py [--edge 48] [--along 4] [--repeats 3] [--output benchmarks/results/memory_format.md]
+    python benchmarks/memory_format.py [--edge 48] [--along 4] [--repeats 3] [--only UNet]
 
 The bare loop makes the passes of the method, forward and backward, over contiguous windows, with parameters that need
 no gradient. All loops of a network take turns; each figure is the least of several rounds, in seconds of the processor
