@@ -29,10 +29,10 @@ from causes import CAUSES, ROOT, Cause
 from esegeta_monai import Explainer
 from esegeta_monai.methods import METHODS
 from esegeta_monai.output.cohort import CohortOptions, analyse
-from esegeta_monai.output.cohort.analysis import FamilyResult
 from esegeta_monai.output.cohort.clusters import cluster_maps
 from esegeta_monai.output.cohort.groups import Design, cluster_mass, max_t, two_groups
 from esegeta_monai.output.cohort.maps import open_map
+from esegeta_monai.output.cohort.results import FamilyResult
 from esegeta_monai.output.writer import ResultWriter
 from esegeta_monai.targets import ClassScore
 

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 # `python -m esegeta_monai` puts the working directory first on sys.path, where files of a bundle would hide the modules
 # that are imported below. The installed command does not; here only a checkout, which contains this package, stays on
 # it. While Python looks for the module of -m, sys.argv[0] is "-m".
-if (
-    sys.argv[:1] == ["-m"]
-    and "esegeta_monai" in sys.orig_argv
-    and sys.path[:1] in ([""], [os.getcwd()])
-    and os.path.dirname(os.path.dirname(os.path.abspath(__file__))) != os.getcwd()
-):
-    del sys.path[0]
+if sys.argv[:1] == ["-m"] and "esegeta_monai" in sys.orig_argv:
+    try:
+        _here = os.getcwd()
+    except FileNotFoundError:  # it was removed: nothing can be imported from there
+        _here = ""
+    if sys.path[:1] in ([""], [_here]) and os.path.dirname(os.path.dirname(__file__)) != _here:
+        del sys.path[0]
 
 from esegeta_monai.utils.files import VERSION
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import esegeta_monai
 
 ROOT = Path(esegeta_monai.__file__).parent
-ORDER = ["cli", "app", "handlers", "bundle", "transforms", "output", "explain", "metrics", "files"]
+ORDER = ["cli", "app", "interop", "handlers", "bundle", "transforms", "output", "explain", "metrics", "files"]
 ORDER += ["methods", "targets", "engine", "utils", "errors"]
 SAME_LEVEL = {("methods", "targets"), ("targets", "methods")}
 ALLOWED: set[tuple[str, str]] = set()

@@ -77,6 +77,10 @@ def maps(folder: Path) -> dict[str, np.ndarray]:
     return {p.relative_to(folder).as_posix(): np.asarray(nib.load(p).dataobj) for p in folder.rglob("*_attr.nii.gz")}
 
 
+def order(folder: Path) -> list[tuple[str, str, str]]:
+    return [(e["case"], e["method"], e["target"]) for e in run_json(folder)["results"]]
+
+
 @pytest.mark.parametrize("share", ["cases", "windows", "methods"])
 def test_two_processes_write_what_one_does(study, share):
     output = study / share
@@ -85,6 +89,7 @@ def test_two_processes_write_what_one_does(study, share):
     )
     assert done.returncode == 0, done.stderr
     assert statuses(output) == statuses(study / "alone")
+    assert order(output) == order(study / "alone"), "as asked for, not as the processes ended"
     assert set(statuses(output).values()) <= {"ok", "incomplete"}  # four steps of a path leave a gap
     assert not list(output.glob("run.rank*"))
     actual, expected = maps(output), maps(study / "alone")
@@ -98,6 +103,7 @@ def test_two_processes_write_what_one_does(study, share):
     )
     assert again.returncode == 0, again.stderr
     assert set(statuses(output).values()) == {"skipped"}
+    assert order(output) == order(study / "alone")
 
 
 def test_an_ensemble_with_views_by_two_processes(tmp_path):

@@ -85,10 +85,11 @@
 
   // ---- a case ----------------------------------------------------------------------------------------------------
 
-  /** Load a case or its new maps; keep place, zoom and planes of the same case. */
+  /** Load a case or its new maps; keep place, zoom, planes and the second map of the same case. */
   async function load({ show = null, newest = null } = {}) {
     const number = Number($("case").value), same = view !== null && view.number === number;
     const kept = same && shown ? (({ at, centre, zoom, plane, show, look, drag }) => ({ at, centre, zoom, plane, show, look, drag }))(shown.state) : null;
+    const named = (map) => JSON.stringify([map.method, map.target]), compared = same && shown?.second ? named(shown.second) : null;
     $("loading").hidden = false;
     $("loading").textContent = same ? "The maps are being read." : "The case is being read and predicted.";
     const made = await send(`/api/cases/${number}/view`, { show, newest });
@@ -109,6 +110,8 @@
         const control = root.querySelector(`input[name="${name}"][value="${kept[name]}"]`);
         if (control) control.checked = true;
       }
+      const second = made.data.maps.findIndex((map) => named(map) === compared); // the new map takes the first place only
+      if (second >= 0 && second !== shown.state.selected) { shown.state.second = second; root.querySelector("#second").value = String(second); }
       shown.schedule();
     } else { place = null; box = null; writeBox(); }
     follow(root);
@@ -195,8 +198,8 @@
   async function cost(body) {
     $("costs").textContent = "The cost is being estimated.";
     const { costs: list } = await send("/api/costs", body);
-    const seconds = list.reduce((sum, c) => sum + (c.seconds ?? 0), 0), problem = list.map((c) => c.note).find(Boolean) ?? null;
-    const known = { seconds, problem, text: problem ?? `About ${seconds < 1 ? "1 s or less" : `${seconds < 10 ? short(Number(seconds.toPrecision(2))) : Math.round(seconds)} s`}: ${list.reduce((n, c) => n + c.passes, 0)} window passes, ${short(Math.max(...list.map((c) => c.peak_memory_bytes ?? 0)) / 2 ** 30)} GiB.` };
+    const unknown = list.some((c) => c.seconds === null && !c.note), seconds = unknown ? Infinity : list.reduce((sum, c) => sum + (c.seconds ?? 0), 0), problem = list.map((c) => c.note).find(Boolean) ?? null;
+    const known = { seconds, problem, text: problem ?? `${unknown ? "An unknown time" : `About ${seconds < 1 ? "1 s or less" : `${seconds < 10 ? short(Number(seconds.toPrecision(2))) : Math.round(seconds)} s`}`}: ${list.reduce((n, c) => n + c.passes, 0)} window passes, ${short(Math.max(...list.map((c) => c.peak_memory_bytes ?? 0)) / 2 ** 30)} GiB.` };
     costs.set(costKey(body), known);
     $("costs").textContent = known.text;
     return known;

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from pathlib import Path
 from typing import Final
+
+from esegeta_monai.utils.files import parse_json
 
 __all__ = ["folds_of_case"]
 
@@ -38,7 +39,7 @@ def folds_of_case(folder: Path, case: str) -> dict[str, str]:
     if file is None:
         return {}
     try:
-        splits = json.loads(file.read_text(encoding="utf-8"))
+        splits = parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
         logger.warning("%s cannot be read, so the training set of each fold is not known: %s", file.name, error)
         return {}

@@ -7,7 +7,6 @@ map. Network, data and preprocessing are those of the bundle here, so only metho
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from esegeta_monai.errors import InputError, UsageError
+from esegeta_monai.utils.files import parse_json
 
 __all__ = ["ImportedConfig", "Translated", "read_torchesegeta"]
 
@@ -253,7 +253,7 @@ def read_torchesegeta(
 
 def _content(file: Path) -> dict[str, Any]:
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = parse_json(file.read_bytes())
     except FileNotFoundError:
         raise InputError(f"{file}: no such file") from None
     except (OSError, ValueError) as error:

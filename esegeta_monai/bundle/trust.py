@@ -17,7 +17,7 @@ import esegeta_monai
 from esegeta_monai.bundle.contents import BundleContents, NnunetContents
 from esegeta_monai.errors import UsageError
 from esegeta_monai.utils.choices import TRUST_VARIABLE
-from esegeta_monai.utils.files import atomic, sha256_file
+from esegeta_monai.utils.files import atomic, parse_json, sha256_file
 
 __all__ = ["TRUST_VARIABLE", "TrustStore", "is_shipped", "store_path"]
 
@@ -124,12 +124,12 @@ class TrustStore:
 
     def _read(self) -> dict[str, Any]:
         try:
-            content = json.loads(self.path.read_text(encoding="utf-8"))
+            content = parse_json(self.path.read_bytes())
             if not isinstance(content, dict) or not all(isinstance(value, dict) for value in content.values()):
                 raise ValueError("it is no store of trusted bundles")
         except FileNotFoundError:
             return {}
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             logger.warning("%s cannot be read (%s): no bundle counts as trusted", self.path, error)
             return {}
         return content

@@ -17,8 +17,9 @@ from torch import nn
 from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 from esegeta_monai.errors import NetworkError, UsageError
+from esegeta_monai.utils.weights_only import read_weights
 
-__all__ = ["WeightSource", "components", "find_weights", "load_weights", "references"]
+__all__ = ["WeightSource", "components", "find_weights", "fit_names", "load_weights", "read_state", "references"]
 
 logger = logging.getLogger(__name__)
 
@@ -104,12 +105,12 @@ def find_weights(
     return WeightSource(bundle_dir / source.path, source.found_in, source.key, source.strict, source.method)
 
 
-def load_weights(network: nn.Module, source: WeightSource, device: torch.device) -> None:
-    """Load `source` into `network`, always with `weights_only=True`.
+def read_state(source: WeightSource, device: torch.device) -> dict[str, torch.Tensor]:
+    """Read the state dict of a checkpoint, tensors of any shape, always with `weights_only=True`.
 
     Raises:
         UsageError: the checkpoint is missing, contains more than tensors, or has no state dict.
-        NetworkError: it is TorchScript, or does not fit the network.
+        NetworkError: it is TorchScript.
     """
     if not source.path.is_file():
         raise UsageError(
@@ -117,7 +118,7 @@ def load_weights(network: nn.Module, source: WeightSource, device: torch.device)
             "its path in the config"
         )
     try:
-        checkpoint = torch.load(source.path, map_location=device, weights_only=True)
+        checkpoint = read_weights(source.path, device)
     except pickle.UnpicklingError as error:
         raise UsageError(
             f"{source.path} contains more than tensors, and unpickling it could run code; save only its state dict "
@@ -130,9 +131,29 @@ def load_weights(network: nn.Module, source: WeightSource, device: torch.device)
             f"{source.path} is a TorchScript archive, whose operations are not accessible; give the state dict "
             "(model.pt)"
         ) from error
-    state = _state_dict(checkpoint, source)
+    return _state_dict(checkpoint, source)
+
+
+def fit_names(state: dict[str, torch.Tensor], network: nn.Module) -> None:
+    """Remove the prefix of (Distributed)DataParallel from names, in place, unless the network has it itself.
+
+    Args:
+        state: a state dict, tensors of any shape.
+        network: the network.
+    """
     if not any(key.startswith("module.") for key in network.state_dict()):
         consume_prefix_in_state_dict_if_present(state, "module.")
+
+
+def load_weights(network: nn.Module, source: WeightSource, device: torch.device) -> None:
+    """Load `source` into `network`, always with `weights_only=True`.
+
+    Raises:
+        UsageError: the checkpoint is missing, contains more than tensors, or has no state dict.
+        NetworkError: it is TorchScript, or does not fit the network.
+    """
+    state = read_state(source, device)
+    fit_names(state, network)
     load = getattr(network, source.method)
     try:
         result = load(state) if source.method != "load_state_dict" else load(state, strict=source.strict)

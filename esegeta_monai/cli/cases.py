@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,10 +24,14 @@ from esegeta_monai.cli.log import reason
 from esegeta_monai.errors import InputError, UsageError
 from esegeta_monai.files.dicom import DICOM_SUFFIXES
 from esegeta_monai.files.grids.probe import Pipeline
+from esegeta_monai.files.journal import JOURNALS
 from esegeta_monai.utils.files import refuse_remote
 from esegeta_monai.utils.names import SCAN_SUFFIXES, one_line
 
 __all__ = ["PreparedCase", "Preprocessor", "ScanCase", "file_of_case", "find_cases", "fitting_files"]
+
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,8 @@ def find_cases(
     scans in it and in its subfolders, sorted; or any of these after ``NAME=``. A folder of DICOM files is one scan. If
     the network reads several channels, a folder with one file per channel, named after it (``sub1_T1c.nii.gz``), is
     one case. Links to folders are followed. A subfolder that cannot be read, or a link that leads back to a folder
-    above it, becomes a case with a `ScanCase.problem`, so that its loss is reported.
+    above it, becomes a case with a `ScanCase.problem`, so that its loss is reported. Output folders of other runs are
+    left out, with a warning.
 
     Args:
         inputs: the values of ``--input``.
@@ -59,8 +65,8 @@ def find_cases(
         leave_out: a folder to skip (the output folder).
 
     Raises:
-        UsageError: a folder contains no scan or cannot be read, an input is remote, a name contains slashes or control
-            characters, or two cases have the same name.
+        UsageError: a folder contains no scan, cannot be read, or is the one to leave out; an input is remote, a name
+            contains slashes or control characters, or two cases have the same name.
     """
     cases: list[ScanCase] = []
     for text in inputs:
@@ -107,6 +113,10 @@ def _cases(text: str, channel_names: Sequence[str], leave_out: Path | None) -> I
 
 def _in_folder(root: Path, channel_names: Sequence[str], leave_out: Path | None) -> Iterator[ScanCase]:
     skipped = None if leave_out is None else Path(os.path.realpath(leave_out))
+    if skipped == Path(os.path.realpath(root)):
+        raise UsageError(
+            f"--output {root} is the folder of the scans; choose another one, such as {root / 'explained'}"
+        )
     yield from _search(root, root, (), channel_names, skipped)
 
 
@@ -116,6 +126,9 @@ def _search(
     """Give the cases of a folder and its subfolders; ``above`` are the real paths of the folders that led to it."""
     real = Path(os.path.realpath(folder))
     if real == skipped:
+        return
+    if folder != root and any(folder.glob(JOURNALS)):
+        logger.warning("%s is the output folder of another run: its maps are not read as scans", folder)
         return
     try:
         if real in above:

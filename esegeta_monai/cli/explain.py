@@ -27,6 +27,7 @@ from esegeta_monai.explain.costs import Cost, duration, table
 from esegeta_monai.explain.explainer import Explainer
 from esegeta_monai.explain.layers import check_layers
 from esegeta_monai.explain.settings import DEFAULT_METHODS, Checks, default_targets
+from esegeta_monai.files.layout import Layout
 from esegeta_monai.methods.base import METHODS, Method
 from esegeta_monai.output.place import PlaceChecks
 from esegeta_monai.output.report.page import write_report
@@ -34,7 +35,6 @@ from esegeta_monai.output.writer import ResultWriter
 from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.utils.distributed import Processes, part_of, process_group
 from esegeta_monai.utils.heartbeat import Heartbeat
-from esegeta_monai.utils.names import safe_name
 
 __all__ = [
     "bundle_targets",
@@ -105,7 +105,7 @@ def explain_cases(
     Args:
         targets: the targets; None: every predicted class except background.
         options: options of the command line: device, amp, seed, time_limit, window_batch, network_output, head,
-            progress, overwrite, pictures, map_format, override, config, share, yes.
+            progress, overwrite, pictures, map_format, layout, override, config, share, yes.
         ranks: the processes that share the work; None: this process alone.
         heartbeat: that of a command which is watched; None: nobody watches.
         prepare: gives a case whose image is already known, as a program that stays open keeps it; None: each case is
@@ -131,6 +131,7 @@ def explain_cases(
         list(chosen),
         provenance=provenance_of(reader, options),
         extension="input" if options.map_format == "input" else ".nii.gz",
+        layout=getattr(options, "layout", None),
         dicom=options.map_format == "dicom",
         overwrite=options.overwrite,
         pictures=options.pictures,
@@ -140,6 +141,7 @@ def explain_cases(
         part=part_id(options),
         heartbeat=heartbeat,
         places=places,
+        cases=[case.name for case in cases],
     )
     open_log(log, reader, cases, output)
     logger.info("%s: %d case(s), %s", reader.name, len(cases), ", ".join(str(m.name) for m in methods))
@@ -184,7 +186,7 @@ def prepared_case(reader: BundleReader, preprocess: Preprocessor, case: ScanCase
         InputError: see `Preprocessor`.
     """
     scan, image, data = preprocess(case)
-    path = None if output is None else output / safe_name(case.name) / f"{safe_name(case.name)}_seg"
+    path = None if output is None else Layout.of(output).beside(case.name, "seg")
     given = reader.case_arguments(image, data, path)
     return PreparedCase(scan, image, given, preprocess.pipeline(case), reader.training_folds(case.name))
 

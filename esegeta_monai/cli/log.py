@@ -19,9 +19,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from esegeta_monai.utils.files import refuse_special
 from esegeta_monai.utils.names import one_line
 
-__all__ = ["LOG_FILE", "RunLog", "print_every_character", "reason"]
+__all__ = ["LOG_FILE", "RunLog", "open_missing_streams", "print_every_character", "reason"]
 
 LOG_FILE = "esegeta.log"
 
@@ -38,6 +39,19 @@ def print_every_character() -> None:
             continue
         ascii_only = codecs.lookup(stream.encoding).name == "ascii"
         stream.reconfigure(encoding="utf-8" if ascii_only else None, errors="backslashreplace")
+
+
+def open_missing_streams() -> None:
+    """Open the null device in place of standard streams that the caller has closed (``2>&-``, some daemons).
+
+    Python then has None for them, and the system would give their numbers to the next files: what a library prints
+    would be written into a map.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # in the order of their numbers
+        if getattr(sys, name) is None:
+            number = os.open(os.devnull, os.O_RDONLY if mode == "r" else os.O_WRONLY)
+            os.set_inheritable(number, True)
+            setattr(sys, name, open(number, mode, encoding="utf-8"))  # noqa: SIM115 - open as long as the process
 
 
 class RunLog:
@@ -74,6 +88,7 @@ class RunLog:
     def write_to(self, folder: Path) -> None:
         """Also append to ``folder/esegeta.log``; if that cannot be written, warn, and log to the console alone."""
         try:
+            refuse_special(folder / LOG_FILE)
             handler = logging.FileHandler(folder / LOG_FILE, encoding="utf-8", errors="backslashreplace")
         except OSError as error:
             self.logger.warning("%s cannot be written (%s): the log is on the console only", LOG_FILE, error.strerror)
@@ -134,7 +149,11 @@ class _Console(logging.Handler):
     """A handler that writes to standard error, above a progress bar if one is shown."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
+        text = self.format(record)
+        try:
+            tqdm.write(text, file=sys.stderr)
+        except OSError:  # such as a full disk behind ``2> file``: the log file has the line, and the work goes on
+            self.handleError(record)
 
 
 def reason(error: BaseException) -> str:

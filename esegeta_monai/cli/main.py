@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib
 import os
 import re
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from esegeta_monai.cli import parsers, watch
-from esegeta_monai.cli.log import RunLog, print_every_character, reason
+from esegeta_monai.cli.log import RunLog, open_missing_streams, print_every_character, reason
 from esegeta_monai.errors import EsegetaError, OutputLost, RankLost, TrustError
 from esegeta_monai.utils.files import INTENDED_USE, refuse_remote
 from esegeta_monai.utils.heartbeat import Heartbeat
@@ -78,6 +79,12 @@ COMMANDS = (
         "list a layer's most relevant channels over scans, with regions that show them",
         parsers.add_concepts,
         "concepts:run",
+    ),
+    Command(
+        "influence",
+        "list the training cases that raised or lowered a prediction",
+        parsers.add_influence,
+        "influence:run",
     ),
     Command(
         "cohort",
@@ -168,7 +175,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     >>> main(["overlay"])
     2
     """
+    open_missing_streams()
     print_every_character()
+    try:
+        os.getcwd()
+    except FileNotFoundError:  # MKL would end the program with a message of its own
+        _say("the working folder was removed: change to another one")
+        return USAGE
     try:
         args = build_parser().parse_args(argv)
     except SystemExit as stop:  # --help, --version, a wrong option
@@ -195,11 +208,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output (head, less) has closed the pipe
         sys.stderr.close()
         return DONE
-    except Exception as error:  # unexpected: still one line; -v adds the traceback
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of our files there are errors of ours
         _say(
-            f"{reason(error)}; unexpected error: please report it with the traceback, which -v prints", _if(args, error)
+            f"the standard output cannot be written: {error.strerror}" if full else _unexpected(error), _if(args, error)
         )
         return FAILED
+    except Exception as error:  # unexpected: still one line; -v adds the traceback
+        _say(_unexpected(error), _if(args, error))
+        return FAILED
+
+
+def _unexpected(error: Exception) -> str:
+    return f"{reason(error)}; unexpected error: please report it with the traceback, which -v prints"
 
 
 def watched(limit: float, argv: Sequence[str] | None) -> int:

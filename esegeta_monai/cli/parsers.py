@@ -27,6 +27,7 @@ __all__ = [
     "add_evaluate",
     "add_explain",
     "add_import_esegeta",
+    "add_influence",
     "add_info",
     "add_layers",
     "add_merge",
@@ -82,6 +83,11 @@ def add_explain(parser: ArgumentParser) -> None:
         action="store_true",
         help="also write where the folds of an ensemble, and its mirrored views, agree: their standard deviation as a "
         "map, and figures in the record and report (takes the passes up to twice more)",
+    )
+    parser.add_argument(
+        "--layout",
+        choices=["plain", "bids"],
+        help="'bids': a folder of BIDS derivatives (default: as the folder is, 'plain' for a new one)",
     )
     parser.add_argument("--report", action="store_true", help="write the HTML report at the end")
     add_network(parser)
@@ -358,6 +364,80 @@ def add_concepts(parser: ArgumentParser) -> None:
     add_network(parser)
     add_head(parser)
     add_computing_options(parser)
+
+
+INFLUENCE_DESCRIPTION = """\
+Lists which training cases raised or lowered a prediction, by the gradients of the target and of the training loss at
+checkpoints of the training (TracIn, or a projection like TRAK's). It writes OUTPUT/influence.html with the most helpful
+and most harmful cases and those that act most on themselves (wrong labels are often among them), OUTPUT/influence.csv
+with all scores, and OUTPUT/influence.json.
+
+A first approximation: each step of the training counts as plain SGD on the case's loss on fixed patches, in evaluation
+mode and without augmentation."""
+
+
+INFLUENCE_EPILOG = """labels:
+  --labels labels/       a folder with one label map for each training scan (named as the scan, or SCAN_...)
+  --labels table.csv     for classification: a table with the columns case and label (the number of the class)
+
+The loss is the id loss, loss_function or train#trainer#loss_function of configs/train.json (--train-config), or --loss.
+
+exit codes: 0 all done; 1 a scan failed (the others are complete); 2 usage error
+"""
+
+
+def add_influence(parser: ArgumentParser) -> None:
+    """Add the arguments of ``influence``."""
+    parser.description, parser.epilog = INFLUENCE_DESCRIPTION, INFLUENCE_EPILOG
+    add_model(parser)
+    parser.add_argument("--input", nargs="+", required=True, metavar="INPUT", help="scans to explain")
+    parser.add_argument("--training", nargs="+", required=True, metavar="INPUT", help="training scans, as --input")
+    parser.add_argument("--labels", required=True, metavar="PATH", help="labels of the training scans (see below)")
+    parser.add_argument(
+        "--checkpoints", nargs="+", required=True, metavar="FILE", help="checkpoints of the training, state dicts"
+    )
+    parser.add_argument(
+        "--learning-rates", nargs="+", type=_above_zero, metavar="RATE",
+        help="learning rate at each checkpoint (default: all equal)",
+    )  # fmt: skip
+    parser.add_argument("--output", required=True, metavar="DIR", help="output folder; created if missing")
+    parser.add_argument("--target", metavar="TARGET", help="target (default: every predicted class except background)")
+    parser.add_argument("--train-config", metavar="FILE", help="config with the loss (default: configs/train.json)")
+    parser.add_argument("--loss", metavar="JSON", help='the training loss, such as \'{"_target_": "DiceCELoss", ...}\'')
+    parser.add_argument("--method", choices=("TracIn", "TRAK"), default="TracIn", help="method (default: %(default)s)")
+    parser.add_argument(
+        "--form", choices=("cosine", "dot"), default="cosine",
+        help="TracIn: cosine of the two gradients, or their product times the learning rate (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--projection", type=count, default=1024, metavar="N",
+        help="TRAK: numbers that a gradient is projected to (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--ridge", type=_above_zero, default=0.01, metavar="SHARE",
+        help="TRAK: ridge, as a share of the mean squared length of a gradient (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--layer", action="append", metavar="NAME", help="only weights of this layer; may be repeated")
+    parser.add_argument(
+        "--patch-size", nargs="+", type=int, metavar="N", help="patch of the training (default: the inferer's window)"
+    )
+    parser.add_argument(
+        "--patches", type=count, default=16, metavar="N", help="most patches of a scan (default: %(default)s)"
+    )
+    parser.add_argument("--cases", type=count, default=6, metavar="N", help="cases in each list (default: %(default)s)")
+    add_network(parser)
+    add_head(parser)
+    add_computing_options(parser)
+
+
+def _above_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
 
 
 def add_merge_runs(parser: ArgumentParser) -> None:

@@ -50,6 +50,7 @@ def _only(plan: WindowPlan, calls: Sequence[Call], apart: bool) -> WindowPlan:
     return replace(
         plan,
         slices=tuple(plan.slices[w] for w in windows),
+        owned=tuple(plan.owned[w] for w in windows) if plan.owned else (),
         calls=tuple(scaled[plan.call(w)] for w in windows),
         member_weights=plan.member_weights if apart else (),
     )

@@ -100,6 +100,7 @@ def cost_of(
         seconds, whole = _now(device) - began, True
         passes = progress.passes
     except MethodTimeout:
+        tried = _now(device) - began, progress.passes
         whole, fresh = False, objective.derive(context=context)
         searched = 0
         if hasattr(method, "layer"):
@@ -109,7 +110,7 @@ def cost_of(
             default_layer(fresh)
             searched = progress.passes
         passes = method.passes(fresh) + searched
-        seconds = _extrapolated(method, objective, passes / processes.size, quick)
+        seconds = _extrapolated(method, objective, passes / processes.size, tried, quick)
     except EsegetaError as error:
         return Cost(case, name, label, note=str(error))
     exact, memory, foreseen = whole or method.passes_exact, peak_memory(device), method.foreseen(objective)
@@ -181,11 +182,20 @@ def _scaled(cost: Cost, method: Method, objective: Objective, label: str) -> Cos
     )
 
 
-def _extrapolated(method: Method, objective: Objective, passes: float, quick: bool) -> float | None:
+def _extrapolated(
+    method: Method, objective: Objective, passes: float, tried: tuple[float, int] = (0.0, 0), quick: bool = False
+) -> float | None:
     """Extrapolate the seconds of ``passes`` window passes from a cheap copy, timed on one and two batches of windows.
 
     Two sizes separate the time per pass from the time that the method takes once. On a CPU a batch is one window,
-    since a window takes as long alone as in a batch.
+    since a window takes as long alone as in a batch. On a busy machine their difference can be next to nothing, and
+    then the estimate of thousands of passes too; so a pass counts at least half of what it took in the trial.
+
+    Args:
+        method, objective: see `cost_of`.
+        passes: passes of this process.
+        tried: seconds and passes of the trial that was ended.
+        quick: see `cost_of`.
     """
     batch = 1 if objective.model.device.type == "cpu" else objective.window_batch
     samples = FEW if quick else SAMPLED
@@ -197,6 +207,8 @@ def _extrapolated(method: Method, objective: Objective, passes: float, quick: bo
     if not large[1]:
         return None
     rate = (large[0] - small[0]) / (large[1] - small[1]) if large[1] > small[1] else 0.0
+    if tried[1]:
+        rate = max(rate, (tried[0] - small[0]) / tried[1] / 2)
     if rate <= 0:  # shorter than the noise of the timing, or the target sees a single window
         return passes * large[0] / large[1]
     return max(0.0, large[0] - rate * large[1]) + rate * passes

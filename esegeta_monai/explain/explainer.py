@@ -311,7 +311,8 @@ class Explainer:
                     yield Cost(case.index, str(task.method.name), task.label, note=task.record["reason"])
                     continue
                 alone = [task.objective.derive(scores=[score]) for score in task.objective.scores]
-                labels, share = [bound.label for bound in task.bound], min(calibration, TRIALS / len(chosen))
+                labels = [bound.label for bound in task.bound]
+                share = calibration if len(chosen) == 1 else min(calibration, TRIALS / len(chosen))
                 for method in task.methods:
                     with evaluating(settings.network, settings.device, task.objective.model.memory_format):
                         costs = costs_of(method, alone, case.index, labels, share, quick=share < calibration)

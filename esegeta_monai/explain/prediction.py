@@ -277,7 +277,8 @@ class Prediction:
         image, where = self.case.image.detach().cpu(), f"image {self.case.index}"
         try:
             check_image(image, where)
-            check_contents(image, where)
+            if not self.settings.constant_images:
+                check_contents(image, where)
         except InputError as error:
             self.case.checks.append(CheckResult("finite", "refused", str(error)))
             raise

@@ -5,6 +5,7 @@ It takes and returns NumPy arrays, so Quantus is not a dependency.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,7 @@ def quantus_explain_func(
                                  explain_func_kwargs={"method": "IntegratedGradients(n_steps=16)"})
     """
     explainer = Explainer(model, **options)
+    explainer.settings = replace(explainer.settings, constant_images=True)  # metrics replace whole images
     images = torch.as_tensor(inputs)
     dtype = next((p.dtype for p in unwrap(model).parameters()), images.dtype)
     maps: list[np.ndarray] = []

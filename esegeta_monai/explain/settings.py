@@ -92,6 +92,7 @@ class Settings:
         agreement: also compute the maps of the members of an ensemble and of its mirrored views alone.
         memory_format: order of values in memory: ``"contiguous"``, ``"channels_last"``, ``"auto"``, or None: by rule.
         formats: measured choices of the memory format.
+        constant_images: explain images whose voxels are all equal, as metrics make them; else they are refused.
         inferer_record: name and parameters of the inferer as it was given.
 
     Raises:
@@ -123,6 +124,7 @@ class Settings:
     agreement: bool = False
     memory_format: str | None = None
     formats: FormatStore = field(default_factory=FormatStore)
+    constant_images: bool = False
     inferer_record: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -6,6 +6,7 @@ This package depends on numpy, nibabel and MONAI only and takes plain arguments,
     doubts.py    what is uncertain in the geometry of a scan
     dicom.py     check that a folder has one complete DICOM series
     maps.py      write a map (NIfTI or the scan's format) and its sidecar; check that both are finished
+    layout.py    where the files of a case lie: the plain layout, or BIDS derivatives
     runs.py      run.json: the status of every case, target and method
     journal.py   run.jsonl: one line per result, from which run.json is made
     copies.py    copy of the scan and target masks, for the report

@@ -177,14 +177,16 @@ class DicomSource:
             real_world_value_mappings=[mapping],
             voi_lut_transformations=[
                 highdicom.VOILUTTransformation(
-                    window_center=0.0 if low < 0 else limit / 2, window_width=(2 if low < 0 else 1) * limit or 1.0
+                    window_center=0.0 if low < 0 else limit / 2,
+                    window_width=(2 if low < 0 else 1) * limit or 1.0,
+                    voi_lut_function="LINEAR_EXACT",  # LINEAR needs a width of at least 1
                 )
             ],
             content_label="ATTRIBUTION",
             content_description=f"{method} of {target}"[:64],
         )
         made.SeriesDescription = f"{method} of {target}"[:64]
-        return _save(path, made)
+        return self._save(path, made)
 
     def save_mask(self, path: Path, values: np.ndarray, affine: np.ndarray, *, target: str) -> Path:
         """Write the voxels of a target (x, y, z), True or 1, as binary Segmentation.
@@ -219,7 +221,7 @@ class DicomSource:
             content_description=target[:64],
         )
         made.SeriesDescription = f"Target {target}"[:64]
-        return _save(path, made)
+        return self._save(path, made)
 
     def save_picture(self, path: Path, picture: Path, *, title: str) -> Path:
         """Write a picture file as Secondary Capture in colour.
@@ -255,7 +257,7 @@ class DicomSource:
         made.PatientOrientation = ""
         made.BurnedInAnnotation = "YES"  # it has the name of the case
         made.SeriesDescription = title[:64]
-        return _save(path, made)
+        return self._save(path, made)
 
     def _made(self, kind: Any, frames: np.ndarray, parts: Sequence[Any], **more: Any) -> Any:
         try:
@@ -287,6 +289,14 @@ class DicomSource:
     def _series_number(self, kind: int) -> int:
         return 1000 + 10 * int(self.slices[0].get("SeriesNumber") or 0) + kind
 
+    def _save(self, path: Path, made: Any) -> Path:
+        """Write an object; images have the laterality of the series, empty if unknown (segmentations may not)."""
+        if made.Modality != "SEG":
+            made.Laterality = self.slices[0].get("Laterality") or self.slices[0].get("ImageLaterality") or ""
+        with atomic(path) as temporary:
+            made.save_as(temporary)
+        return path
+
 
 def _refused(error: Exception) -> InputError:
     text = " ".join(str(error).split())[:200]
@@ -294,9 +304,3 @@ def _refused(error: Exception) -> InputError:
         f"map format dicom: highdicom refuses the series ({type(error).__name__}: {text}): write NIfTI (map format "
         "nifti), or complete the series"
     )
-
-
-def _save(path: Path, made: Any) -> Path:
-    with atomic(path) as temporary:
-        made.save_as(temporary)
-    return path

@@ -17,13 +17,16 @@ from pathlib import Path
 from typing import Any
 
 from esegeta_monai.errors import OutputLost, UsageError
-from esegeta_monai.utils.files import cannot_write, inside, json_line, read_json
+from esegeta_monai.utils.files import cannot_write, inside, json_line, parse_json, read_json, refuse_special
 
-__all__ = ["Journal", "RunContents", "merged", "read_run"]
+__all__ = ["JOURNALS", "Journal", "RunContents", "merged", "read_run"]
 
 SYNC_EVERY = 1.0
 """Seconds between flushes to the disk. A killed process loses no line; a power failure loses those of one second, whose
 maps are on disk and are found by their sidecars."""
+
+JOURNALS = "run*.jsonl"
+"""Pattern of the names of the journals in an output folder."""
 
 OF_LINE = ("recorded", "run")
 """Entries of a line that say when and by which run it was written."""
@@ -36,7 +39,7 @@ class Journal:
         path: the file; it and its folder are created if missing.
 
     Raises:
-        UsageError: the file cannot be written.
+        UsageError: the file cannot be written, or is a link, a pipe or a device.
     """
 
     def __init__(self, path: Path) -> None:
@@ -45,6 +48,7 @@ class Journal:
         self._torn = True  # the last line of a run that was killed may lack its end
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            refuse_special(path)
             with open(path, "ab") as file:
                 self._identity = _identity(os.fstat(file.fileno()))
         except OSError as error:
@@ -117,7 +121,7 @@ class RunContents:
 
     Attributes:
         info: entries of the run as a whole (bundle, hashes, versions, ``started``, ``finished``).
-        results: one entry per case, target and method, the latest.
+        results: one entry per case, target and method, the latest, in the order in which they were asked for.
         lines: results in the journals, with ``recorded`` and ``run``, in the order of their time.
         notes: what cannot be read, one sentence each.
         damaged: True if ``run.json`` is there and cannot be read.
@@ -157,9 +161,12 @@ def read_run(folder: str | os.PathLike[str]) -> RunContents:
             contents.info = {k: v for k, v in record.items() if k != "results"}
         contents.results = results if isinstance(results, list) else []
     headers: list[dict[str, Any]] = []
-    for path in sorted(folder.glob("run*.jsonl")):
+    for path in sorted(folder.glob(JOURNALS)):
         if not inside(path, folder):
             contents.notes.append(f"{path.name} is a link to another folder and is not read.")
+            continue
+        if not path.is_file():
+            contents.notes.append(f"{path.name} is no regular file (a pipe or a device) and is not read.")
             continue
         bad, finished = 0, True
         try:
@@ -167,25 +174,26 @@ def read_run(folder: str | os.PathLike[str]) -> RunContents:
         except OSError as error:
             contents.notes.append(f"{path.name} cannot be read ({error.strerror or error}).")
             continue
+        order = _Order()
         for line in filter(None, lines):
             try:
-                entry = json.loads(line)
+                entry = parse_json(line)
             except ValueError:
                 entry = None
             if not isinstance(entry, dict):
                 bad += 1
             elif "case" in entry:
-                contents.lines.append(entry)
+                contents.lines.append(order.line(entry))
             else:
-                headers.append(entry)
+                headers.append(order.header(entry))
                 finished = entry.get("finished") is not None
         if not finished:
             contents.unfinished.append(str(path))
         if bad:
             contents.notes.append(f"{path.name}: {bad} lines are damaged and are left out.")
     headers.sort(key=_recorded)
-    contents.lines.sort(key=_recorded)
-    contents.results = merged(contents.results, contents.lines)
+    contents.lines.sort(key=_recorded)  # stable: lines of one time stay in the order of their file
+    contents.results = _as_asked([*contents.results, *contents.lines])
     if headers:
         last = {k: v for k, v in headers[-1].items() if k not in OF_LINE}
         if last.get("started") != contents.info.get("started"):
@@ -194,8 +202,61 @@ def read_run(folder: str | os.PathLike[str]) -> RunContents:
     return contents
 
 
+class _Order:
+    """Sets ``recorded`` of the lines of one journal so that a run comes after everything that stood before its header.
+
+    The clock may be set back between two runs, or during one: then the file's order is right, and the time is not.
+    Lines of runs without a header in this file (``merge-runs`` brought them) keep their time.
+    """
+
+    def __init__(self) -> None:
+        self._latest = ""
+        self._earliest: dict[str, str] = {}
+        """By run: the time before which no further line of it can be."""
+
+    def header(self, entry: dict[str, Any]) -> dict[str, Any]:
+        run = str(entry.get("run", ""))
+        self._earliest[run] = max(self._earliest.get(run, ""), self._latest)
+        return self.line(entry)
+
+    def line(self, entry: dict[str, Any]) -> dict[str, Any]:
+        run, time = str(entry.get("run", "")), _recorded(entry)
+        if run in self._earliest:
+            time = self._earliest[run] = max(time, self._earliest[run])
+        self._latest = max(self._latest, time)
+        return {**entry, "recorded": time}
+
+
 def _recorded(entry: Mapping[str, Any]) -> str:
     return str(entry.get("recorded", ""))
+
+
+def _as_asked(entries: list[Any]) -> list[Any]:
+    """Return the last entry for each case, target and method in the order of the commands.
+
+    A case has the place of the first command that names it. Its results follow the last command that asked for them.
+    Entries without an order, which older versions wrote, come first.
+    """
+    first: dict[str, list[Any]] = {}
+    for entry in entries:
+        if (place := _place(entry, "case")) is not None:
+            case = str(entry["case"])
+            first[case] = min(first.get(case, place), place)
+
+    def key(entry: Any) -> tuple[list[Any], list[Any]]:
+        case = str(entry.get("case")) if isinstance(entry, dict) else ""
+        return first.get(case, []), _place(entry, "result") or []
+
+    return sorted(merged(entries), key=key)
+
+
+def _place(entry: Any, of: str) -> list[Any] | None:
+    """Return the place of an entry's case or result: the time of its command, then numbers; None: it has none."""
+    order = entry.get("order") if isinstance(entry, dict) else None
+    place = order.get(of) if isinstance(order, dict) and "case" in entry else None
+    if not isinstance(place, list) or not place or not isinstance(place[0], str):
+        return None
+    return place if all(isinstance(number, int) for number in place[1:]) else None
 
 
 def merged(*several: Iterable[Any]) -> list[Any]:

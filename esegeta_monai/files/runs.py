@@ -6,7 +6,7 @@ import logging
 import os
 import uuid
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +17,7 @@ from esegeta_monai.files.journal import Journal, merged, read_run
 from esegeta_monai.utils.distributed import Processes
 from esegeta_monai.utils.files import INTENDED_USE, versions, write_json
 
-__all__ = ["STATUSES", "RunRecord"]
+__all__ = ["STATUSES", "RunRecord", "now"]
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class RunRecord:
         run: identifier of a command that was restarted: its results so far are results of this run, see `is_known`;
             None: a new one.
         writes: False keeps everything in memory, for a process whose results another one writes.
+        started: time at which the command began, if several processes share it; None: now.
 
     Raises:
         UsageError: the journal cannot be written.
@@ -72,10 +73,12 @@ class RunRecord:
         part: int | None = None,
         run: str | None = None,
         writes: bool = True,
+        started: str | None = None,
     ) -> None:
         self.path = Path(output_dir) / "run.json"
         self._info, self._rank = dict(info or {}), rank
-        self._started = _now()
+        self._started = self._asked = started or now()
+        self._part = part
         self._finished: str | None = None
         self._versions = versions()
         self._results: dict[Key, dict[str, Any]] = {}
@@ -92,12 +95,30 @@ class RunRecord:
             lines = [line for line in read_run(output_dir).lines if line.get("run") == run]
             self._results = {_key(entry): entry for entry in merged(lines)}
             self._known = set(self._results)
+            orders = [entry["order"]["result"][0] for entry in self._results.values() if entry.get("order")]
+            self._asked = min([self._asked, *orders])  # the command, not this process, asked
         self.journal.append({**self._about, "run": self._run}, flush=True)
 
     def set(
-        self, case: str, target: str | None, method: str | None, status: str, reason: str | None = None, **more: Any
+        self,
+        case: str,
+        target: str | None,
+        method: str | None,
+        status: str,
+        reason: str | None = None,
+        *,
+        order: Sequence[int] | None = None,
+        **more: Any,
     ) -> None:
         """Record a result and append it to the journal. A case that failed as a whole has no target and no method.
+
+        Args:
+            case, target, method: names.
+            status: one of `STATUSES`.
+            reason: cause of a failure.
+            order: the number of the case, then those that order its results, as the command asked for them; None: the
+                result is read before those that have an order.
+            more: further entries, JSON-ready.
 
         Raises:
             UsageError: the status is unknown, or is failed, timeout or empty_target without a reason.
@@ -110,9 +131,30 @@ class RunRecord:
         entry = {"case": case, "target": target, "method": method, "status": status, **more}
         if reason is not None:
             entry["reason"] = reason
+        if order is not None:
+            entry["order"] = self._order(order)
         if self.journal is not None:
             entry = self.journal.append({**entry, "run": self._run})
         self._results[case, target, method] = entry
+
+    def _order(self, numbers: Sequence[int]) -> dict[str, list[Any]]:
+        """Return the places of a case and of its result, see `esegeta_monai.files.journal.read_run`.
+
+        Parts of a run begin at different times, so that their number stands for the time.
+        """
+        begun: list[Any] = [self._asked, 0] if self._part is None else ["", self._part]
+        return {"case": [*begun, numbers[0]], "result": [self._asked, *numbers[1:]]}
+
+    def add_order(self, case: str, target: str | None, method: str | None, order: Sequence[int]) -> None:
+        """Record the order of a result that was recorded without: one that the watching process has ended."""
+        entry = self._results[case, target, method]
+        if entry.get("order") is None:
+            entry = {**entry, "order": self._order(order)}
+            self._results[case, target, method] = (
+                entry
+                if self.journal is None
+                else self.journal.append({k: v for k, v in entry.items() if k != "recorded"} | {"run": self._run})
+            )
 
     def is_known(self, case: str, target: str | None, method: str | None) -> bool:
         """Return True if this command, before it was restarted, already had this result, whatever its status."""
@@ -207,7 +249,7 @@ class RunRecord:
             return
         if self.journal is not None and not self._rank:
             self._check_maps()
-        self._finished = _now()
+        self._finished = now()
         if self.journal is not None and not self._rank:
             self.journal.append({**self._about, "run": self._run}, flush=True)
         self.write()
@@ -217,5 +259,6 @@ def _key(entry: Mapping[str, Any]) -> Key:
     return entry["case"], entry.get("target"), entry.get("method")
 
 
-def _now() -> str:
+def now() -> str:
+    """Return the time in UTC, ISO 8601, to the microsecond."""
     return datetime.now(timezone.utc).isoformat(timespec="microseconds")

@@ -29,6 +29,7 @@ from esegeta_monai.explain.settings import Checks, checks_of
 from esegeta_monai.handlers.calls import InfererCalls, plain_inferer, watched
 from esegeta_monai.handlers.cases import CaseNames, file_of, files_of
 from esegeta_monai.handlers.networks import EngineNetworks
+from esegeta_monai.handlers.tracking import Tracker, tracker_of
 from esegeta_monai.methods.base import METHODS
 from esegeta_monai.targets.base import TARGETS, Target
 from esegeta_monai.targets.classes import PredictedClasses
@@ -47,7 +48,7 @@ class CaseHandler(ABC):
 
     Args:
         methods, targets, output_dir, bundle_root, image_key, pred_key, output, class_names, epochs, cases, share,
-            checks, name: see `esegeta_monai.handlers.ExplanationHandler`.
+            checks, track, name: see `esegeta_monai.handlers.ExplanationHandler`.
         options: further options of `Explainer`.
 
     Raises:
@@ -69,6 +70,7 @@ class CaseHandler(ABC):
         cases: int | Sequence[str] | None = None,
         share: Share | Literal["auto"] = "auto",
         checks: Checks = True,
+        track: str | Tracker | None = None,
         name: str | None = None,
         **options: Any,
     ) -> None:
@@ -84,7 +86,7 @@ class CaseHandler(ABC):
         self.image_key, self.pred_key, self.output = image_key, pred_key, output
         self.metadata = BundleMetadata.read(self.bundle_root) if self.bundle_root else BundleMetadata({})
         self.class_names = numbered("class_names", class_names or self.metadata.class_names)
-        self.options, self.checks = options, checks_of(checks)
+        self.options, self.checks, self.tracker = options, checks_of(checks), tracker_of(track)
         epochs = number("epochs", epochs, int, 0)
         if isinstance(cases, (str, bool)) or (isinstance(cases, int) and cases < 1):
             raise UsageError(f"cases={cases!r}: give a list of names, or the number per epoch (at least 1)")
@@ -93,6 +95,7 @@ class CaseHandler(ABC):
             raise UsageError(f"share={share!r}: give auto, {', '.join(SHARES)}")
         self.epochs, self.name = epochs, name
         self._last_due: int | None = None
+        self._entered: int | None = None  # the epoch that the open folder was last used in
         self._folder_failed = False  # this epoch's folder cannot be written
         self.share = share
         self._ranks, self._share = Processes(), cast(Share, "cases")
@@ -221,13 +224,18 @@ class CaseHandler(ABC):
             folder, self.folder = self.folder, None
             with self._logged(f"the record in {folder} could not be finished"):
                 self.close()
+            if self.tracker is not None and not self._ranks.rank:
+                with self._logged(f"{folder} is not logged"):
+                    self.tracker.log(folder, self._entered)
 
     def _begin_epoch(self, engine: Any) -> None:
         self._seen = 0
         epoch = engine.state.epoch
         if self._due(epoch):
+            if self.tracker is not None and not self._ranks.rank:
+                self.tracker.begin(engine)
             self._enter_due(engine, epoch)
-            self._last_due = epoch
+            self._last_due = self._entered = epoch
 
     def _watch(self, engine: Any) -> None:
         """Record what the inferer gets, until the prediction is complete."""
@@ -238,6 +246,11 @@ class CaseHandler(ABC):
         """True for the first epoch seen in each block of ``epochs``; validation may run only on some."""
         last = self._last_due
         return last is None or epoch == last or (epoch - 1) // self.epochs != (last - 1) // self.epochs
+
+    def wants_batch(self, epoch: int) -> bool:
+        """Return True if a further batch of an epoch may have a case to process."""
+        full = isinstance(self.cases, int) and self._seen >= self.cases
+        return self._due(epoch) and not self._folder_failed and not full
 
     def __call__(self, engine: Any) -> None:
         """Process the batch whose raw predictions are in ``engine.state.output``."""

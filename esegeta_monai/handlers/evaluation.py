@@ -25,6 +25,7 @@ from esegeta_monai.explain.metric_choice import chosen_metrics
 from esegeta_monai.explain.record import Record
 from esegeta_monai.handlers.base import CaseHandler, numbered
 from esegeta_monai.handlers.explanation import ExplanationHandler
+from esegeta_monai.handlers.tracking import Tracker
 from esegeta_monai.metrics.regions import OUTSIDE_ALARM
 from esegeta_monai.output.evaluation_writer import EvaluationWriter
 from esegeta_monai.utils.distributed import Share
@@ -97,6 +98,7 @@ class EvaluationHandler(CaseHandler):
         cases: int | Sequence[str] | None = None,
         share: Share | Literal["auto"] = "auto",
         checks: bool = True,
+        track: str | Tracker | None = None,
         name: str | None = None,
         head: HeadKind | None = None,
         layer_axes: Mapping[str, str] | None = None,
@@ -115,6 +117,7 @@ class EvaluationHandler(CaseHandler):
             cases=cases,
             share=share,
             checks=flag("checks", checks),  # there are no maps of its own that "maps" could check
+            track=track,
             name=name,
             seed=seed,
             time_limit=time_limit,

@@ -18,10 +18,12 @@ from esegeta_monai.explain.attribution import Attribution
 from esegeta_monai.explain.costs import Cost, table
 from esegeta_monai.explain.formats import format_of
 from esegeta_monai.explain.settings import Checks
+from esegeta_monai.files.layout import LAYOUTS, LayoutName
 from esegeta_monai.files.maps import picture_path
 from esegeta_monai.handlers.base import CaseHandler
 from esegeta_monai.handlers.cases import pipeline_of
 from esegeta_monai.handlers.series import ExplanationSeries
+from esegeta_monai.handlers.tracking import Tracker
 from esegeta_monai.output.report.page import write_report
 from esegeta_monai.output.writer import ResultWriter
 from esegeta_monai.utils.distributed import Share
@@ -54,6 +56,8 @@ class ExplanationHandler(CaseHandler):
         overwrite: compute finished maps again.
         map_format: ``"nifti"``, or ``"input"``: NRRD and MHA scans get maps in their own format, all others NIfTI; or
             ``"dicom"``: map, target and picture of a DICOM series also as DICOM.
+        layout: ``"bids"``: BIDS derivatives; ``"plain"``; None: as the folder is. `SaveImaged` writes in its own
+            layout, so give a folder of its own with ``"bids"``.
         pictures: write a PNG next to every map, and the copy of the scan for the report.
         report: write the HTML report (`esegeta_monai.output.report.page.write_report`) after the run or after the
             last case of an epoch's folder.
@@ -68,6 +72,8 @@ class ExplanationHandler(CaseHandler):
             cases if the loader has a ``DistributedSampler``, else windows.
         checks: check what maps take for granted; the network is checked once, at the first epoch. ``"maps"``: check
             each finished map as well, and the network whenever its weights have changed.
+        track: ``"mlflow"`` or ``"wandb"``: log each finished folder to the run that is active, see
+            `esegeta_monai.handlers.tracking`; or a `Tracker`.
         name: name of the logger; None: ``engine.logger``.
         head: the meaning of the network's output, see `esegeta_monai.Explainer`; None: determined from the network and
             the engine's postprocessing.
@@ -109,6 +115,7 @@ class ExplanationHandler(CaseHandler):
         overwrite: bool = False,
         pictures: bool = True,
         map_format: str = "nifti",
+        layout: LayoutName | None = None,
         report: bool = False,
         progress: bool = False,
         epochs: int = 1,
@@ -116,6 +123,7 @@ class ExplanationHandler(CaseHandler):
         series: ExplanationSeries | None = None,
         share: Share | Literal["auto"] = "auto",
         checks: Checks = True,
+        track: str | Tracker | None = None,
         name: str | None = None,
         head: HeadKind | None = None,
         layer_axes: Mapping[str, str] | None = None,
@@ -135,6 +143,7 @@ class ExplanationHandler(CaseHandler):
             cases=cases,
             share=share,
             checks=checks,
+            track=track,
             name=name,
             seed=seed,
             allow_costly=flag("allow_costly", allow_costly),
@@ -155,7 +164,9 @@ class ExplanationHandler(CaseHandler):
         self.overwrite, self.pictures = flag("overwrite", overwrite), flag("pictures", pictures)
         if map_format not in ("nifti", "input", "dicom"):
             raise UsageError(f"map_format={map_format!r}: give 'nifti', 'input' or 'dicom'")
-        self.map_format = map_format
+        if layout not in (None, *LAYOUTS):
+            raise UsageError(f"layout={layout!r}: give 'plain' or 'bids'")
+        self.map_format, self.layout = map_format, layout
         self.report, self.series = flag("report", report), series
         self.writer: ResultWriter | None = None
         self.listeners: list[Callable[[Any, Attribution, str | None], None]] = []
@@ -183,6 +194,7 @@ class ExplanationHandler(CaseHandler):
             provenance=bundle_provenance(self.bundle_root) if self.bundle_root else {},
             separate_folder=True if separate is None else bool(separate),
             extension="input" if self.map_format == "input" else ".nii" if extension == "nii" else ".nii.gz",
+            layout=self.layout,
             dicom=self.map_format == "dicom",
             overwrite=self.overwrite,
             pictures=self.pictures,

@@ -25,6 +25,7 @@ from esegeta_monai.metrics.base import Metric, MetricCost, MetricInput, MetricRe
 from esegeta_monai.metrics.removal import at_least
 from esegeta_monai.metrics.robustness import explained
 from esegeta_monai.utils.tensors import bounding_box
+from esegeta_monai.utils.weights_only import read_weights
 
 __all__ = ["CascadingRandomisation", "DataRandomisation", "IndependentRandomisation", "RandomLogit"]
 __all__ += ["execution_order", "randomised", "similarity"]
@@ -334,7 +335,7 @@ class DataRandomisation(Metric):
         if isinstance(self.network, nn.Module):
             return dict(self.network.state_dict())
         try:
-            state = torch.load(Path(self.network), map_location="cpu", weights_only=True)
+            state = read_weights(self.network)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             what = error.strerror if isinstance(error, OSError) else type(error).__name__
             raise UsageError(

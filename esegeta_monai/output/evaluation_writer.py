@@ -16,11 +16,12 @@ import esegeta_monai.files as storage
 from esegeta_monai.errors import OutputLost, UsageError
 from esegeta_monai.explain.evaluation import EvaluationResult, Evaluator
 from esegeta_monai.explain.names import ResultNames
+from esegeta_monai.files.layout import Layout
 from esegeta_monai.methods.base import Method
 from esegeta_monai.targets.base import Target
 from esegeta_monai.utils.csv_text import csv_text, plain_rows
 from esegeta_monai.utils.distributed import Processes, Share
-from esegeta_monai.utils.files import inside, write_json
+from esegeta_monai.utils.files import refuse_link_out, write_json
 from esegeta_monai.utils.leftovers import remove_leftovers
 from esegeta_monai.utils.registry import json_ready
 from esegeta_monai.utils.whole_files import check_sources
@@ -115,6 +116,7 @@ class EvaluationWriter:
         Raises:
             EsegetaError: the case cannot be explained at all.
         """
+        refuse_link_out(Layout.of(self.output_dir).beside(case, "").parent, self.output_dir)
         check_sources(image, more.get("data"))
         parts = self.ranks.part(self.share, self.methods, self.targets)
 
@@ -153,10 +155,11 @@ class EvaluationWriter:
                 self.problems.append(f"{case}: {row['target']}, {row['method']}, {row['metric']}: {row['reason']}")
             if row["beats_controls"] is False:
                 self.not_beating.append(f"{case}: {row['target']}, {row['method']}, {row['metric']}")
-        base = self.output_dir / storage.safe_name(case) / storage.safe_name(case)
+        place = Layout.of(self.output_dir)
+        refuse_link_out(place.beside(case, "").parent, self.output_dir)
         region_rows = [{c: row.get(c) for c in REGION_COLUMNS} for row in result.regions]
-        _write_text(base.with_name(f"{base.name}_regions.csv"), csv_text(REGION_COLUMNS, region_rows))
-        write_json(base.with_name(f"{base.name}_regions.json"), {"case": case, "regions": region_rows})
+        _write_text(place.beside(case, "regions.csv"), csv_text(REGION_COLUMNS, region_rows))
+        write_json(place.beside(case, "regions.json"), {"case": case, "regions": region_rows})
         rows = [{"case": case, **{c: row.get(c) for c in COLUMNS if c != "case"}} for row in result.rows]
         if self.ranks.rank:
             self._rows.append((case, rows))
@@ -179,7 +182,7 @@ class EvaluationWriter:
             "intended_use": storage.INTENDED_USE,
             "versions": storage.versions(),
         }
-        return write_json(base.with_name(f"{base.name}_metrics.json"), json_ready(record))
+        return write_json(place.beside(case, "metrics.json"), json_ready(record))
 
     def take_summary(self) -> dict[str, Any]:
         """Return, JSON-ready, what has been added to the attributes since the last call, for `restore`."""
@@ -241,8 +244,7 @@ class EvaluationWriter:
 
     def _earlier(self) -> list[dict[str, Any]]:
         """Return the rows of the existing table, see `read_table`."""
-        if self.path.is_file() and not inside(self.path, self.output_dir):
-            raise UsageError(f"{self.path} is a link to another folder: remove it, or choose another folder")
+        refuse_link_out(self.path, self.output_dir)
         return read_table(self.path)
 
 

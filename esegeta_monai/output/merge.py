@@ -13,6 +13,7 @@ from typing import Any
 import esegeta_monai.files as storage
 from esegeta_monai.errors import UsageError
 from esegeta_monai.files.journal import Journal, read_run
+from esegeta_monai.files.layout import same_layout
 from esegeta_monai.files.runs import UNFINISHED
 from esegeta_monai.output.evaluation_writer import LOCK, EvaluationWriter, read_table
 from esegeta_monai.utils.files import refuse_remote, write_json
@@ -57,7 +58,8 @@ def merge_runs(folder: str | os.PathLike[str], others: Sequence[str | os.PathLik
         others: output folders of other parts.
 
     Raises:
-        UsageError: a folder has no results, or a file that two folders have differs; nothing has been written.
+        UsageError: a folder has no results or another layout, or a file that two folders have differs; nothing has been
+            written.
     """
     for given in (folder, *others):
         refuse_remote(given)
@@ -65,6 +67,7 @@ def merge_runs(folder: str | os.PathLike[str], others: Sequence[str | os.PathLik
     for place in sources or [folder]:
         if not place.is_dir() or not (read_run(place).results or (place / "metrics.csv").is_file()):
             raise UsageError(f"{place} has no results and no metrics.csv: give output folders of runs")
+    same_layout(folder, sources)
     copies = list(_copies(folder, sources))
     tables = _rows(folder, sources)
     storage.writable_folder(folder)

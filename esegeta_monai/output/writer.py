@@ -24,7 +24,7 @@ from esegeta_monai.explain.explainer import Attribution, Explainer
 from esegeta_monai.explain.formats import STORE
 from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.explain.record import DECIDES, Record
-from esegeta_monai.files.copies import mask_path, save_mask, save_scan_copy, scan_copy_path
+from esegeta_monai.files.copies import save_mask, save_scan_copy
 from esegeta_monai.files.dicom_out import DicomSource, check_dicom_writer, dicom_path
 from esegeta_monai.files.grids.probe import Pipeline
 from esegeta_monai.files.grids.resample import (
@@ -36,18 +36,21 @@ from esegeta_monai.files.grids.resample import (
     to_scan_grid,
     unrecorded,
 )
+from esegeta_monai.files.layout import LayoutName, choose_layout
 from esegeta_monai.files.maps import WITH_MAP
 from esegeta_monai.files.pictures.picture import display_affine, save_picture
 from esegeta_monai.files.pictures.scale import scale_of
 from esegeta_monai.files.pictures.synthesis import save_curve, save_synthesised
 from esegeta_monai.files.privacy import traceback_text
-from esegeta_monai.files.runs import UNFINISHED
+from esegeta_monai.files.runs import UNFINISHED, now
 from esegeta_monai.methods.base import Method
 from esegeta_monai.methods.meaning import meaning_of
 from esegeta_monai.output.agreement import has_agreement, remove_spread, write_spread
+from esegeta_monai.output.order import ResultOrder
 from esegeta_monai.output.place import NO_METADATA, VANISHED, ZERO, PlaceChecks
 from esegeta_monai.targets.base import Target
 from esegeta_monai.utils.distributed import Processes
+from esegeta_monai.utils.files import refuse_link_out
 from esegeta_monai.utils.heartbeat import Heartbeat
 from esegeta_monai.utils.leftovers import remove_leftovers
 from esegeta_monai.utils.whole_files import check_sources
@@ -69,6 +72,7 @@ class ResultWriter:
             counts as finished only if all of them are equal.
         postfix, separate_folder, extension: file layout, see `esegeta_monai.utils.names.map_path`; the extension
             ``"input"`` stands for that of each scan (`esegeta_monai.utils.names.map_suffix`).
+        layout: ``"bids"``: BIDS derivatives, see `esegeta_monai.files.layout`; ``"plain"``; None: as the folder is.
         dicom: also write map, target and picture as DICOM, see `esegeta_monai.files.dicom_out`; cases that are no DICOM
             series are refused.
         overwrite: compute and write finished maps again.
@@ -81,9 +85,10 @@ class ResultWriter:
         part: see `esegeta_monai.files.runs.RunRecord`.
         heartbeat: that of a command which is watched; None: nobody watches.
         places: results of earlier checks that image and scan lie in the same place; None: there are none.
+        cases: names of the run's cases in the order in which they were asked for; other cases follow as they come.
 
     Raises:
-        UsageError: an unwritable folder, equal names, or DICOM without highdicom.
+        UsageError: an unwritable folder or one with another layout, equal names, or DICOM without highdicom.
     """
 
     def __init__(
@@ -96,6 +101,7 @@ class ResultWriter:
         postfix: str = "attr",
         separate_folder: bool = True,
         extension: str = ".nii.gz",
+        layout: LayoutName | None = None,
         dicom: bool = False,
         overwrite: bool = False,
         pictures: bool = True,
@@ -105,13 +111,15 @@ class ResultWriter:
         part: int | None = None,
         heartbeat: Heartbeat | None = None,
         places: PlaceChecks | None = None,
+        cases: Sequence[str] = (),
     ) -> None:
         self.ranks, self.together = ranks or Processes(), together
         self.names = ResultNames(methods, targets)
         self.output_dir = storage.writable_folder(output_dir)
         self.provenance = dict(provenance or {})
-        self.layout: dict[str, Any] = {"postfix": postfix, "separate_folder": separate_folder, "extension": extension}
-        self.as_input, self.dicom = extension == "input", dicom
+        writes = not self.ranks.rank
+        self.layout = choose_layout(self.output_dir, layout, write=writes, separate_folder=separate_folder)
+        self.postfix, self.extension, self.dicom = postfix, extension, dicom
         if dicom:
             check_dicom_writer()
         self._sources: dict[str, DicomSource] = {}
@@ -120,9 +128,17 @@ class ResultWriter:
         if not rank:
             remove_leftovers(self.output_dir)
         self.heartbeat = heartbeat or Heartbeat()
+        started = self.ranks.gather(now())[0]
         self.run = storage.RunRecord(
-            self.output_dir, self.provenance, rank=rank, part=part, run=self.heartbeat.run, writes=self.writes
+            self.output_dir,
+            self.provenance,
+            rank=rank,
+            part=part,
+            run=self.heartbeat.run,
+            writes=self.writes,
+            started=started,
         )
+        self._order = ResultOrder(methods, targets, cases)
         if self.run.journal is not None:
             self.heartbeat.journal = self.run.journal.path
         self._scans: dict[str, MetaTensor] = {}
@@ -139,8 +155,8 @@ class ResultWriter:
 
     def path(self, attribution: Attribution, case: str, scan: Any = None) -> Path:
         """Return the path of a map."""
-        layout = {**self.layout, "extension": storage.map_suffix(scan)} if self.as_input else self.layout
-        return storage.map_path(self.output_dir, case, *self.names.of(attribution), **layout)
+        extension = storage.map_suffix(scan) if self.extension == "input" else self.extension
+        return self.layout.map(case, *self.names.of(attribution), self.postfix, extension)
 
     def key(self, attribution: Attribution, case: str, scan: Any) -> dict[str, Any]:
         """Return the entries that must be equal in a sidecar for its map to count as finished."""
@@ -156,7 +172,9 @@ class ResultWriter:
             scan: file of the scan, or the scan as MetaTensor (C, *spatial).
         """
         path = self.path(attribution, case, scan)
+        order = self._order.of(case, attribution)
         if self.run.is_known(case, *self.names.of(attribution)):  # this command was restarted
+            self.run.add_order(case, *self.names.of(attribution), order)
             return True
         if self.overwrite or not storage.is_complete(path, self.key(attribution, case, scan)):
             return False
@@ -170,7 +188,7 @@ class ResultWriter:
             return False  # `write` reports it
         reason = "finished in an earlier run"
         written = path.relative_to(self.output_dir).as_posix() if path.is_file() else None
-        self.run.set(case, *self.names.of(attribution), "skipped", reason, map=written)
+        self.run.set(case, *self.names.of(attribution), "skipped", reason, order=order, map=written)
         logger.info("%s: %s is finished, skipped", case, path.name)
         return True
 
@@ -234,6 +252,7 @@ class ResultWriter:
         kept = self.output_dir / ".scores"
         explainer.settings.formats.path = self.output_dir / STORE
         try:
+            refuse_link_out(self.layout.scan_copy(case).parent, self.output_dir)
             check_sources(image, more.get("data"))
             storage.check_contents(image, case)
             if self.dicom:
@@ -295,6 +314,7 @@ class ResultWriter:
             record.status, record.reason = "failed", clash
             label = f"{label} of {attribution.target!r}"
         try:
+            refuse_link_out(path.parent, self.output_dir)
             place = self._place(image, scan, record, case)
             if attribution.map is not None and not clash:
                 record.update(self._write_map(path, attribution, record, case, image, place))
@@ -321,6 +341,7 @@ class ResultWriter:
             method_name,
             str(record.status),
             record.reason,
+            order=self._order.of(case, attribution),
             map=path.relative_to(self.output_dir).as_posix() if written else None,
             seconds=record.seconds,
             warnings=record.warnings,
@@ -334,7 +355,7 @@ class ResultWriter:
         if not self.writes:
             return
         text = named_reason(error)
-        self.run.set(case, None, None, "failed", text, traceback=traceback_text(error))
+        self.run.set(case, None, None, "failed", text, order=self._order.of(case), traceback=traceback_text(error))
         logger.error("%s: %s", case, text)
         logger.debug("traceback", exc_info=error)
 
@@ -394,7 +415,7 @@ class ResultWriter:
         if self.pictures:
             affine, oriented = display_affine(volume)
             more["display"] = {
-                "scan": scan_copy_path(".", case, **self._folders).name,
+                "scan": self.layout.scan_copy(case).name,
                 "mask": None,
                 "affine": affine.tolist(),
                 "oriented": oriented,
@@ -473,12 +494,8 @@ class ResultWriter:
             channel_names=names if len(names) == len(values) else None,
         )
 
-    @property
-    def _folders(self) -> dict[str, Any]:
-        return {"separate_folder": self.layout["separate_folder"]}
-
     def _mask_path(self, attribution: Attribution, case: str) -> Path:
-        return mask_path(self.output_dir, case, self.names.of(attribution)[0], **self._folders)
+        return self.layout.mask(case, self.names.of(attribution)[0])
 
     def _copies(self, case: str) -> dict[Path, Tensor]:
         """Return the copies that this run has written for the case; one case is kept at a time."""
@@ -507,7 +524,7 @@ class ResultWriter:
 
     def _copy_scan(self, case: str, image: MetaTensor, scan: Any) -> None:
         """Write the copy of the scan, once per case."""
-        path, copies = scan_copy_path(self.output_dir, case, **self._folders), self._copies(case)
+        path, copies = self.layout.scan_copy(case), self._copies(case)
         if path not in copies:
             values = _background(image, self._scan(scan), image).as_tensor()
             save_scan_copy(path, values.numpy(), storage.Grid.of(scan))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
@@ -27,8 +28,11 @@ __all__ = [
     "cannot_write",
     "inside",
     "json_line",
+    "parse_json",
     "read_json",
+    "refuse_link_out",
     "refuse_remote",
+    "refuse_special",
     "same_folder",
     "sha256_file",
     "strict_json",
@@ -251,12 +255,43 @@ def _plain(value: Any, key: str, non_finite: dict[str, str]) -> Any:
 
 
 def read_json(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Read the object in a JSON file; None if the file is missing, truncated, or contains no object."""
+    """Read the object in a JSON file; None if it is missing, no regular file, truncated, or contains no object."""
+    path = Path(path)
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes()) if path.is_file() else None  # to open a pipe would wait for its writer
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON from outside.
+
+    Raises:
+        ValueError: it is no JSON in UTF-8, or its lists and objects are nested too deeply to be one of ours.
+
+    >>> parse_json("[1, 2]")
+    [1, 2]
+    """
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def refuse_special(path: str | os.PathLike[str]) -> None:
+    """Check that a file to be written in place is a regular file or does not exist yet.
+
+    To open a pipe would wait for its reader, and a link would lead the text to a file elsewhere.
+
+    Raises:
+        OSError: it is a link, a pipe, a device or a folder.
+    """
+    path = Path(path)
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "it is a link to another file (remove it)")
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is a folder, a pipe or a device (remove it)")
 
 
 def inside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool:
@@ -268,6 +303,16 @@ def inside(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> bool
     return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
 
 
+def refuse_link_out(path: str | os.PathLike[str], folder: str | os.PathLike[str]) -> None:
+    """Check that a path in an output folder leads to no other folder, where files would be written or replaced.
+
+    Raises:
+        UsageError: a link leads out of the folder.
+    """
+    if not inside(path, folder):
+        raise UsageError(f"{path} is a link to another folder: remove it, or choose another output folder")
+
+
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """Return the SHA-256 of a file as 64 hexadecimal digits, reading it in blocks of 1 MiB.
 
@@ -275,6 +320,8 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
         InputError: the file cannot be read.
     """
     digest = hashlib.sha256()
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise InputError(f"cannot read {path}: it is no regular file (a folder, a pipe or a device)")
     try:
         with open(path, "rb") as file:
             while block := file.read(1 << 20):

@@ -31,7 +31,10 @@ SCAN_SUFFIXES = (
 )
 MAP_SUFFIXES = (".nii.gz", ".nii", ".nrrd", ".mha")
 LONGEST_PART = 60  # bytes; case, target, method, postfix and suffix together stay under the 255 of common file systems
-RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)", re.IGNORECASE)  # names that Windows reserves
+RESERVED = re.compile(  # by Windows, and for the files that an output folder has beside its cases
+    r"(con|prn|aux|nul|com\d|lpt\d)(\.|$)|(run(\..*)?\.jsonl?(\.unreadable)?|esegeta\.log|index\.html|metrics\.csv)$",
+    re.IGNORECASE,
+)
 
 
 def plain_key(name: str) -> str:
@@ -47,11 +50,12 @@ def safe_name(text: str, longest: int = LONGEST_PART) -> str:
     """Convert text to a part of a file name: letters and digits of any script and ``_ - . + =``; others become ``-``.
 
     A name longer than ``longest`` bytes is cut and ends in eight digits of its checksum, so that long names that differ
-    only at the end stay distinct. No name leads out of a folder, hides a file or starts an option. Letters that the
-    locale's file names cannot hold become ``-`` too.
+    only at the end stay distinct. No name leads out of a folder, hides a file, starts an option, or is that of a file
+    which an output folder has beside its cases (``run.json``). Letters that the locale's file names cannot hold become
+    ``-`` too.
 
-    >>> [safe_name(t) for t in ("sub-01_T1w", "../x", "<img onerror=1>", "grey matter", "  ", "größe 3")]
-    ['sub-01_T1w', 'x', 'img-onerror=1', 'grey-matter', 'unnamed', 'größe-3']
+    >>> [safe_name(t) for t in ("sub-01_T1w", "../x", "<img onerror=1>", "grey matter", "  ", "run.json")]
+    ['sub-01_T1w', 'x', 'img-onerror=1', 'grey-matter', 'unnamed', '_run.json']
     """
     text = unicodedata.normalize("NFC", str(text))
     kept = "".join(c if _fits_a_file_name(c) else "-" for c in text)

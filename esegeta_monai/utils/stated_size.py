@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gzip
 import math
 import re
+import struct
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ __all__ = ["NIBABEL_SUFFIXES", "StatedData", "open_with_nibabel", "stated_data"]
 
 NIBABEL_SUFFIXES = (".nii", ".nii.gz", ".img", ".img.gz", ".hdr", ".hdr.gz", ".mgz", ".mgh")
 LONGEST_HEADER = 1 << 20
+LONGEST_EXTENSIONS, MOST_EXTENSIONS = 64 << 20, 1000
 
 _NRRD_BYTES = {
     **dict.fromkeys(("int8", "uint8", "signed char", "unsigned char", "uchar", "int8_t", "uint8_t"), 1),
@@ -82,12 +85,13 @@ def open_with_nibabel(path: Path) -> Any:
     """Open an image: read its header, leave its voxels on disk.
 
     Raises:
-        InputError: the file is missing, or its header cannot be read.
+        InputError: the file is missing, its header cannot be read, or it has more extensions than a scan can have.
     """
     import nibabel as nib
     from nibabel.filebasedimages import ImageFileError
     from nibabel.spatialimages import HeaderDataError
 
+    _check_extensions(path)
     try:
         return nib.load(path)
     except FileNotFoundError as error:
@@ -95,6 +99,51 @@ def open_with_nibabel(path: Path) -> Any:
     except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
         why = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{path}: no readable NIfTI file ({why[:200]}); convert or copy it again") from error
+
+
+def _check_extensions(path: Path) -> None:
+    """Check the extensions of a NIfTI file or pair, all of which nibabel reads and parses before the first voxel.
+
+    Raises:
+        InputError: they are longer, or more, than a scan can have.
+    """
+    header = path.with_name(re.sub(r"\.img(\.gz)?$", r".hdr\1", path.name, flags=re.IGNORECASE))
+    try:
+        with (gzip.open if path.name.lower().endswith(".gz") else open)(header, "rb") as file:
+            head = file.read(544)
+            order, begin, end = _nifti_layout(head)
+            at = begin + 4
+            for _ in range(MOST_EXTENSIONS + 1):
+                if at > LONGEST_EXTENSIONS or (end is not None and end > LONGEST_EXTENSIONS):
+                    raise InputError(
+                        f"{path}: the header states more than {LONGEST_EXTENSIONS >> 20} MiB before the voxels, as no "
+                        "scan has; convert the file"
+                    )
+                if not any(head[begin : begin + 1]) or (end is not None and at >= end):
+                    return
+                file.seek(at)
+                step = struct.unpack(f"{order}i", file.read(4))[0]
+                if step < 8:
+                    return  # nibabel names it
+                at += step
+    except (OSError, EOFError, struct.error, zlib.error):
+        return  # nibabel and the check of the stream name it
+    raise InputError(f"{path}: the header has more than {MOST_EXTENSIONS} extensions, as no scan has; convert the file")
+
+
+def _nifti_layout(head: bytes) -> tuple[str, int, float | None]:
+    """Return the byte order, the size of the header, and the place of the first voxel (None: in another file).
+
+    Raises:
+        struct.error: it is no NIfTI header.
+    """
+    for order in "<>":
+        (size,) = struct.unpack_from(f"{order}i", head)
+        if size == 348 and head[344:347] in (b"n+1", b"ni1"):
+            return order, size, struct.unpack_from(f"{order}f", head, 108)[0] if head[344:347] == b"n+1" else None
+        if size == 540 and head[4:7] in (b"n+2", b"ni2"):
+            return order, size, struct.unpack_from(f"{order}q", head, 168)[0] if head[4:7] == b"n+2" else None
+    raise struct.error("no NIfTI header")
 
 
 def _of_nibabel(path: Path) -> StatedData:
@@ -192,10 +241,16 @@ def _of_archive(path: Path) -> StatedData | None:
 
 
 def _text_header(path: Path, end: re.Pattern[bytes]) -> tuple[str, int]:
-    """Return the text at the beginning of a file up to the first match of ``end``, and where the match stops."""
+    """Return the text at the beginning of a file up to the first match of ``end``, and where the match stops.
+
+    Raises:
+        InputError: it goes on for a MiB without an end; ITK would read it for minutes, or crash.
+    """
     with path.open("rb") as file:
         head = file.read(LONGEST_HEADER)
     match = end.search(head)
+    if match is None and len(head) == LONGEST_HEADER:
+        raise InputError(f"{path}: cannot be read as an image (its header has no end within a MiB)")
     stop = len(head) if match is None else match.end()
     return head[:stop].decode("utf-8", "replace").replace("\r\n", "\n"), stop
 

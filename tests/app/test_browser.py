@@ -186,6 +186,23 @@ def test_two_maps_share_the_cross_hair(served: Served) -> None:
     page.wait_for_selector("#second-box", state="hidden")
 
 
+def test_a_new_map_takes_the_first_place_and_the_comparison_stays(served: Served) -> None:
+    page, views = served.page, served.views
+    page.select_option("#second", index=2)
+    page.wait_for_selector("#second-box canvas[data-state='drawn']")
+    compared = page.inner_text("#pair-second")
+    page.select_option("#a-method", value="Saliency")
+    served.finish()
+    served.wait_for_view(views + 1)
+    page.wait_for_selector("#second-box canvas[data-state='drawn']")
+    assert page.inner_text("#focus-title").startswith("Saliency")
+    assert page.inner_text("#pair-second") == compared
+    assert page.locator("#second option:checked").inner_text() in (compared, compared.replace(", ", " · "))
+    page.select_option("#second", value="-1")
+    page.wait_for_selector("#second-box", state="hidden")
+    page.select_option("#a-method", value="InputXGradient")
+
+
 def test_the_network_its_channels_and_what_flows_through_one(served: Served, tmp_path: Path) -> None:
     page = served.page
     page.select_option("#a-method", value="InputXGradient")

@@ -112,7 +112,12 @@ def test_a_folder_of_auto3dseg_is_refused_by_name(tmp_path: Path, file: str) -> 
         (tmp_path / name / "configs").mkdir(parents=True)
         (tmp_path / name / "configs" / "hyper_parameters.yaml").write_text("num_classes: 2\n", encoding="utf-8")
         (tmp_path / name / file).write_text("{}", encoding="utf-8")
+        (tmp_path / name / "scripts").mkdir()
+        code = f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass InferClass: ...\n"
+        (tmp_path / name / "scripts" / "infer.py").write_text(code, encoding="utf-8")
     with pytest.raises(UsageError, match=r"folder of Auto3DSeg \(dints_1, segresnet_0\).*EnsembleInferer"):
         BundleReader(tmp_path)
+    assert main(["info", "--bundle", str(tmp_path)]) == 2
+    assert not (tmp_path / "ran").exists()
     with pytest.raises(UsageError, match=r"folder of Auto3DSeg \(dints_1\)"):
         BundleReader(tmp_path / "dints_1")

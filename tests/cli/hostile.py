@@ -439,6 +439,10 @@ BUILDING: dict[str, list[str]] = {
     "evaluate": ["evaluate", *[w for w in _RUN if w != "--no-pictures"], "--metrics", "Sparseness"],
     "patterns": ["patterns", "--bundle", "{bundle}", "--input", "{scan}", "--output", "{out}/patterns.pt"],
     "concepts": ["concepts", "--bundle", "{bundle}", "--input", "{scan}", "--output", "{out}/concepts"],
+    "influence": [
+        *("influence", "--bundle", "{bundle}", "--input", "{scan}", "--training", "{scan}", "--labels", "{scan}"),
+        *("--checkpoints", "{bundle}/models/model.pt", "--output", "{out}/influence"),
+    ],
     "app": ["app", "--bundle", "{bundle}", "--input", "{scan}", "--output", "{out}/app", "--port", "0"],
     "demo": ["demo", "--bundle", "{bundle}", "--output", "{out}/demo"],
 }

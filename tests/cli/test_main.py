@@ -258,6 +258,17 @@ def test_folders_are_looked_into_sorted_and_named(tmp_path: Path) -> None:
     assert result[2].files == (tmp_path / "series",)
 
 
+def test_output_folders_of_other_runs_are_no_scans(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("a.nii.gz", "first/a/a_attr.nii.gz", "b/first/a/a_attr.nii.gz"):
+        make_scan(tmp_path / name)
+    for name in ("first/run.jsonl", "b/first/run.part0.jsonl"):
+        (tmp_path / name).write_text("{}\n", encoding="utf-8")
+    assert [case.name for case in find_cases([str(tmp_path)], leave_out=tmp_path / "second")] == ["a"]
+    assert caplog.text.count("is the output folder of another run") == 2
+    with pytest.raises(UsageError, match="is the folder of the scans; choose another one"):
+        find_cases([str(tmp_path)], leave_out=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("files", "name"),
     [("x/s1_t1.nii,x/s1_t2.nii", "s1"), ("x/t1.nii,x/t2.nii", "x"), ("c=x/t1.nii,x/t2.nii", "c"), ("q=a.nii", "q")],

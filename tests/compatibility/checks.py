@@ -27,6 +27,7 @@ from esegeta_monai.engine.feature_masks import Supervoxels
 from esegeta_monai.engine.rules import COMPOSITES, Relevance, excitation, lrp
 from esegeta_monai.errors import MethodError, RuleError
 from esegeta_monai.methods import Method
+from tests.compatibility.attention import attention_blocks, attention_map
 from tests.compatibility.graph import modified_gradient
 from tests.compatibility.patterns import Patterned
 from tests.compatibility.sight import Sight, tail
@@ -706,6 +707,21 @@ def through_units(sight: Sight, one: bool = False) -> Tensor:
     return total * dx
 
 
+def attends(kind: str) -> Check:
+    """Check against the matrices of all blocks; a network without self-attention must be refused."""
+
+    def check(sight: Sight, ask: Ask) -> Figure:
+        if not attention_blocks(sight.network):
+            try:
+                ask(sight)
+            except MethodError as refusal:
+                raise NotApplicable(str(refusal)) from refusal
+            return Figure(float("inf"), EXACT, "answered on a network without self-attention")
+        return Figure(deviation(ask(sight).map, attention_map(kind, sight)), EXACT)
+
+    return check
+
+
 # -- the table ------------------------------------------------------------------------------------------------------
 
 
@@ -763,7 +779,7 @@ def _sources(part: Any, seen: set[int]) -> list[str]:
 
 
 GRADIENT, CAMS, LAYERS, NEURONS = "Gradient and relevance", "Class activation maps", "Layers", "Neurons"
-PERTURBATION = "Perturbation"
+PERTURBATION, ATTENTION = "Perturbation", "Attention"
 _PATH = {"baseline": x0, "n_steps": 2, "method": "riemann_middle"}
 _BISECTED = {"n_steps": 16, "tolerance": INTEGRATED}
 _AT = {"layer": lambda s: s.layer}
@@ -854,6 +870,7 @@ ROWS: list[Row] = [
     Row(CAMS, "XGradCam", equals(x_grad_cam, 1e-8), "N", _RELU_OFF),
     Row(CAMS, "EigenCam", equals(eigen_cam, 1e-8), "N", _RELU_OFF),
     Row(CAMS, "AblationCam", equals(ablation_cam), "N", _RELU_OFF),
+    *(Row(ATTENTION, name, attends(name), "N") for name in ("AttentionRollout", "AttentionRelevance", "LeGrad")),
     Row(LAYERS, "LayerActivation", equals(activations), "N", _AT),
     Row(
         LAYERS,

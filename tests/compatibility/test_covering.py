@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from esegeta_monai.engine.rules import COMPOSITES, RULES, composite_of
-from tests.compatibility.checks import EXCEPTIONS, ROWS, Figure, NotApplicable, Row, measure, ours
+from tests.compatibility.checks import ATTENTION, EXCEPTIONS, ROWS, Figure, NotApplicable, Row, measure, ours
 from tests.compatibility.sight import Sight
 from tests.networks import NAMES
 
@@ -20,6 +20,9 @@ LONG = {"IntegratedGradients", "BlurIG", "GuidedIG", "LayerConductance"}
 # Rows that apply to few networks: one for 2D, one for 3D.
 PLACES = {
     "Cam": ("SEResNet50", "EfficientNet"),
+    "AttentionRollout": ("UNETR", "SwinUNETR"),
+    "AttentionRelevance": ("SwinUNETR", "ViT"),
+    "LeGrad": ("ViTAutoEnc", "UNETR"),
     "PatternNet": ("SegResNet", "ResNet50"),
     "PatternAttribution": ("DenseNet121", "UNet_instance"),
 }
@@ -66,8 +69,9 @@ def test_everything_is_covered() -> None:
 
 def test_a_check_can_fail() -> None:
     """Half of the right map, and the map of another method, are red under every row that compares or adds up."""
-    sight = Sight("TwoHeads", 2)
+    plain, attending = Sight("TwoHeads", 2), Sight("ViT", 2)
     for row in ROWS:
+        sight = attending if row.section == ATTENTION else plain
         if row.name in {*LONG, "Cam"} or row.neuron:
             continue
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from esegeta_monai import Explainer
-from esegeta_monai.errors import MethodError, UsageError
+from esegeta_monai.errors import InputError, MethodError, UsageError
 from esegeta_monai.explain.quantus import quantus_explain_func
 from esegeta_monai.targets import MultiClassMask, TargetWrapper
 
@@ -40,6 +40,14 @@ def test_a_segmentation_by_the_columns_of_a_wrapper() -> None:
     actual = quantus_explain_func(wrapper, image.numpy(), [1], method="Saliency(abs=False)")
     (expected,) = Explainer(network)(image, ["Saliency(abs=False)"], [MultiClassMask(2)])
     assert np.abs(actual[0] - expected.map.numpy()).max() <= 1e-6 * np.abs(actual).max()
+
+
+def test_an_image_that_a_metric_has_emptied_is_explained() -> None:
+    """Quantus' Continuity moves the image out of the frame, and Explainer refuses a constant image."""
+    network, empty = classifier(2), np.zeros((1, 2, 6, 6), np.float32)
+    assert quantus_explain_func(network, empty, [1], method="Saliency").shape == empty.shape
+    with pytest.raises(InputError, match="every voxel is 0"):
+        list(Explainer(network)(torch.from_numpy(empty), ["Saliency"], ["ClassScore(1)"]))
 
 
 def test_what_cannot_be_explained_is_refused() -> None:

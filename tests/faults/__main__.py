@@ -90,6 +90,10 @@ ELSEWHERE = """
   `tests/cli/test_trust.py`.
 * Signals to jobs of `torchrun`: "torchrun --share ..., killed" in group 4, and `tests/test_torchrun.py`.
 * `esegeta_monai.cli.watch`, the process of `--hard-time-limit`: `tests/cli/test_watch.py`.
+* Sizes and times that differ from the suite in which these rows began: a flipped bit on the command line is one in
+  a file of 2 MB (30 MB: in the reader); `ulimit -v` is given beyond what the process has; the 2,000 scans are explained
+  to the end, with limits of processor time in place of a rate per second; the volume of 240 x 240 x 155 is explained
+  once, by two methods and with pictures. `torch._C._set_grad_enabled` is the same as "changes the grad mode".
 * Full disks: `tests/utils/test_files.py`, `tests/files/test_runs.py`; `ulimit -f` in group 10.
 * Sidecars and `run.json` that name code or other files: group 8, `tests/files/test_integrity.py`.
 """

@@ -80,6 +80,12 @@ def swap(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
     return edit
 
 
+def endless(content: bytes) -> bytes:
+    """A line of the header that goes on: ITK crashed on 80 MB of it."""
+    begin = content.index(b"\n") + 1
+    return content[:begin] + b"# " + b"x" * 8_000_000 + b"\n" + content[begin:]
+
+
 def flip(content: bytes) -> bytes:
     return content[:-200] + bytes([content[-200] ^ 4]) + content[-199:]
 
@@ -171,6 +177,7 @@ ROWS = [
             row(f"{suffix} compressed, truncated", volume(suffix, lambda b: b[:-50], True), "the file is truncated"),
             row(f"{suffix} compressed, a flipped bit", volume(suffix, flip, True), "the file is damaged"),
             row(f"{suffix} of its header only", volume(suffix, lambda b: b[:100]), "cannot be read"),
+            row(f"{suffix} with a header of 8 MB", volume(suffix, endless), "its header has no end within a MiB"),
             row(f"{suffix} of 31 GiB stated", volume(suffix, swap(SIZES, b"1200 1000 7000")), "more than the limit"),
             row(
                 f"{suffix} with a negative size", volume(suffix, swap(SIZES, b"12 10 -7")), "states the shape 12 10 -7"

@@ -183,6 +183,21 @@ def bombs(name: str, limit_mb: int, seconds: float, says: str, *content: object)
     return Row(GROUP, name, check, slow=bool(content[-1]) and int(str(content[-1])) > 500)
 
 
+def many_extensions(name: str, says: str, count: int, size: int) -> Row:
+    def check(folder: Path) -> str:
+        bad = folder / "bad.nii.gz"
+        n.extensions(count, size)(bad)
+        usual = explain(folder, make_scan(folder / "good.nii.gz"))
+        done = explain(folder, bad, before=limit_memory(6), timeout=60)
+        assert done.code == 1, f"{done.code} {done.err[-300:]}"
+        assert says in done.errors[0], done.errors
+        assert done.cpu_seconds - usual.cpu_seconds < 1
+        assert done.memory - usual.memory < 200 << 20
+        return f"{bad.stat().st_size >> 10} KiB: {done.cpu_seconds:.2f} s of processor time"
+
+    return Row(GROUP, name, check, slow=size > 1 << 20)
+
+
 def raised_limit(folder: Path) -> str:
     """The user may raise the limit, or lower it; the message names the variable."""
     bomb = folder / "bomb.nii.gz"
@@ -296,6 +311,8 @@ ROWS = [
     bombs("1290³ stated (2 GB) in 1 KB", 200, 1, "more than the limit", (1290, 1290, 1290), 2, 8, 0),
     bombs("400³ stated (64 MB) in 2 KB", 200, 1, "the file is truncated", (400, 400, 400), 2, 8, 1),
     bombs("2 GB after the voxels of 16³", 200, 1, "go on far beyond", (16, 16, 16), 16, 32, 2000),
+    many_extensions("2,000,000 extensions of 16 bytes", "more than 1000 extensions", 2_000_000, 16),
+    many_extensions("an extension of 1 GiB", "more than 64 MiB before the voxels", 1, 1 << 30),
     Row(GROUP, "the limit can be changed", raised_limit),
     Row(GROUP, "the check's share of a run on 30 MB", cost, slow=True),
     Row(GROUP, "the check's memory on 30 MB", memory, slow=True),

@@ -208,7 +208,7 @@ def signalled(name: str) -> Callable[[Path], str]:
         number = getattr(signal, name)
         done, output, seconds = stopped(folder, number)
         assert done.code == 128 + number, (done.code, done.err)
-        assert seconds < 15
+        assert seconds < 10
         assert "stopped" in done.err.splitlines()[-1]
         assert not done.traceback
         assert not unfinished(output)

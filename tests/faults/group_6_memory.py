@@ -74,6 +74,7 @@ ROWS = [
         Row(GROUP, f"no memory for more than {n} window(s), {where}", harmless(kind, n), slow=True)
         for kind, where, sizes in (
             ("gradient", "in gradient passes", (1, 2)),
+            ("gradient_allocator", "in gradient passes, allocator", (1,)),
             ("later", "after some passes", (1, 2)),
             ("backward", "in the backward pass", (2,)),
         )

@@ -58,6 +58,9 @@ class Net(torch.nn.Module):
     def before_gradient(self, x):
         if x.requires_grad and len(x) > self.n:
             raise torch.OutOfMemoryError("CUDA out of memory")
+    def before_gradient_allocator(self, x):
+        if x.requires_grad and len(x) > self.n:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
     def before_later(self, x):
         if self.passes > 3 and len(x) > self.n:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -396,7 +399,7 @@ ROWS = [
     *(
         Row(GROUP, f"{what} in pass {n} only", _once(how, n, text), slow=True)
         for what, how, text, passes in (
-            ("raises an error", "trips", "no such thing", (9, 12, 30)),
+            ("raises an error", "trips", "no such thing", (1, 3, 9, 12, 30)),
             ("returns NaN", "once", "NaN|not finite", (12, 30)),  # earlier ones are of checks that leave NaN out
         )
         for n in passes

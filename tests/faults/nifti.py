@@ -132,3 +132,24 @@ def big_noise(path: Path, megabytes: float) -> np.ndarray:
         file.write(nib.Nifti1Image(values, np.eye(4)).to_bytes())
     path.write_bytes(buffer.getvalue())
     return values
+
+
+def extensions(count: int, size: int) -> Make:
+    """Extensions before the voxels: their number, and the bytes of each."""
+
+    def make(path: Path) -> None:
+        content = plain()
+        header = bytearray(content[:348])
+        struct.pack_into("<f", header, 108, 352.0 + count * size)
+        with gzip.open(path, "wb", 1) as file:
+            file.write(bytes(header) + b"\1\0\0\0")
+            for _ in range(count) if size > 1 << 20 else ():
+                file.write(struct.pack("<2i", size, 6) + bytes(12))
+                for _ in range((size - 20) >> 20):
+                    file.write(bytes(1 << 20))
+                file.write(bytes((size - 20) % (1 << 20)))
+            if size <= 1 << 20:
+                file.write(struct.pack("<2i", size, 6).ljust(size, b"\0") * count)
+            file.write(content[352:])
+
+    return make

@@ -21,6 +21,7 @@ import runpy
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -32,6 +33,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from esegeta_monai.bundle.trust import TRUST_VARIABLE
 from tests.support.cli import make_bundle, make_scan
@@ -175,6 +177,7 @@ def warm() -> None:
     from esegeta_monai.cli.main import main
 
     torch.set_num_threads(1)
+    tqdm.set_lock(threading.RLock())  # tqdm's own lock is shared by forks: a child killed with it would stop all others
     with tempfile.TemporaryDirectory() as name, redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         folder = Path(name)
         words = [*("--bundle", make_bundle(folder / "bundle")), *("--input", make_scan(folder / "scan.nii.gz"))]

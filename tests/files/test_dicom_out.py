@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +138,31 @@ def test_a_picture_comes_back(tmp_path: Path) -> None:
     assert np.array_equal(made.pixel_array, pixels)
     assert (made.PatientID, made.BurnedInAnnotation, made.SeriesDescription) == ("P7", "YES", "Saliency")
     assert made.SOPClassUID.name == "Secondary Capture Image Storage"
+
+
+@pytest.mark.parametrize("limit", [0.01, 300.0])
+def test_the_standard_is_kept(tmp_path: Path, limit: float) -> None:
+    """A display window below 1 needs LINEAR_EXACT, and the laterality is required; dciodvfy (dicom3tools) agrees."""
+    import pydicom
+
+    folder = series(tmp_path / "s")
+    grid, source = Grid.of(folder), DicomSource(folder)
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "p.png")
+    options: Any = {"method": "Saliency", "units": "u", "target": "grey", "limit": limit}
+    paths = [
+        source.save_map(tmp_path / "map.dcm", values_of(), grid.affine, **options),
+        source.save_mask(tmp_path / "mask.dcm", values_of() > 0.5, grid.affine, target="grey"),
+        source.save_picture(tmp_path / "picture.dcm", tmp_path / "p.png", title="Saliency"),
+    ]
+    window = pydicom.dcmread(paths[0]).SharedFunctionalGroupsSequence[0].FrameVOILUTSequence[0]
+    assert (window.VOILUTFunction, float(window.WindowWidth)) == ("LINEAR_EXACT", 2 * limit)
+    assert [pydicom.dcmread(path).get("Laterality") for path in paths] == ["", None, ""]
+    checker = shutil.which("dciodvfy")
+    if checker is None:
+        pytest.skip("needs dciodvfy: apt-get install dicom3tools")
+    for path in paths:
+        output = subprocess.run([checker, "-new", path], capture_output=True, text=True, encoding="utf-8")
+        assert [line for line in (output.stdout + output.stderr).splitlines() if "Error" in line] == []
 
 
 def test_the_same_content_gets_the_same_identifiers(tmp_path: Path) -> None:

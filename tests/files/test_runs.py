@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 import multiprocessing
+import os
 import shutil
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from esegeta_monai.errors import OutputLost, UsageError
-from esegeta_monai.files.journal import read_run
+from esegeta_monai.files.journal import Journal, read_run
 from esegeta_monai.files.runs import STATUSES, RunRecord
 from esegeta_monai.utils.files import INTENDED_USE
 
@@ -185,6 +186,67 @@ def test_torn_and_foreign_lines_are_left_out_and_noted(tmp_path: Path) -> None:
     assert contents.notes == ["run.jsonl: 1 lines are damaged and are left out."]
 
 
+def test_the_later_of_two_runs_counts_although_the_clock_was_set_back(tmp_path: Path) -> None:
+    with RunRecord(tmp_path) as run:
+        run.set("a", "t", "M", "failed", "no memory")
+        run.set("b", "t", "M", "ok")
+    journal = tmp_path / "run.jsonl"
+    year = read_run(tmp_path).info["started"][:4]
+    later = journal.read_text(encoding="utf-8").replace(f'"{year}-', f'"{int(year) + 10}-')
+    journal.write_text(later, encoding="utf-8")
+    with RunRecord(tmp_path) as run:
+        run.set("a", "t", "M", "ok")
+        run.set("c", "t", "M", "failed", "no memory")
+    lines = journal.read_text(encoding="utf-8").splitlines()
+    again = lines[-2].replace('"failed"', '"ok"').replace(f'"{year}-', f'"{int(year) - 1}-')  # set back in the run, too
+    journal.write_text("\n".join([*lines[:-1], again, lines[-1], ""]), encoding="utf-8")
+    contents = read_run(tmp_path)
+    assert {e["case"]: e["status"] for e in contents.results} == {"a": "ok", "b": "ok", "c": "ok"}
+    assert contents.info["finished"].startswith(year)
+
+
+def test_lines_of_a_run_without_a_header_keep_their_time(tmp_path: Path) -> None:
+    """`merge-runs` appends the lines of another folder, which may be older than those before them."""
+    with RunRecord(tmp_path) as run:
+        run.set("a", "t", "M", "ok")
+    old = {"case": "a", "target": "t", "method": "M", "status": "failed", "run": "other", "recorded": "2020-01-01"}
+    Journal(tmp_path / "run.jsonl").append(old)
+    assert [e["status"] for e in read_run(tmp_path).results] == ["ok"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+@pytest.mark.parametrize("name", ["run.json", "run.jsonl", "run.part1.jsonl"])
+def test_pipes_are_neither_read_nor_written(name: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / name)
+    contents = read_run(tmp_path)
+    assert contents.results == []
+    assert any(name in note for note in contents.notes)
+    if name == "run.jsonl":
+        with pytest.raises(UsageError, match=r"run.jsonl: it is a folder, a pipe or a device"):
+            RunRecord(tmp_path)
+
+
+def test_a_link_in_place_of_the_journal_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text("x", encoding="utf-8")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.jsonl").symlink_to(tmp_path / "other.txt")
+    with pytest.raises(UsageError, match="a link to another file"):
+        RunRecord(tmp_path / "out")
+    assert (tmp_path / "other.txt").read_text(encoding="utf-8") == "x"
+
+
+def test_json_that_is_nested_too_deeply_is_noted(tmp_path: Path) -> None:
+    with RunRecord(tmp_path) as run:
+        run.set("a", "t", "M", "ok")
+    deep = "[" * 100_000 + "]" * 100_000
+    with open(tmp_path / "run.jsonl", "a", encoding="utf-8") as file:
+        file.write(f'{{"case": {deep}}}\n')
+    (tmp_path / "run.json").write_text(f'{{"results": {deep}}}', encoding="utf-8")
+    contents = read_run(tmp_path)
+    assert [e["case"] for e in contents.results] == ["a"]
+    assert contents.notes == ["run.json cannot be read.", "run.jsonl: 1 lines are damaged and are left out."]
+
+
 def test_each_part_has_a_journal_and_all_are_merged(tmp_path: Path) -> None:
     parts = [RunRecord(tmp_path, part=i) for i in range(3)]
     for i, run in enumerate(parts):
@@ -255,3 +317,52 @@ def test_a_journal_that_can_no_longer_be_written_ends_the_run(tmp_path: Path, mo
         with pytest.raises(UsageError, match="No space left on device"):
             RunRecord(tmp_path)
     assert [e["case"] for e in read_run(tmp_path).results] == ["a"]
+
+
+def asked(folder: Path) -> list[tuple[str, str | None]]:
+    return [(e["case"], e["method"]) for e in read_run(folder).results]
+
+
+def test_results_stand_as_asked_for_not_as_they_end(tmp_path: Path) -> None:
+    with RunRecord(tmp_path) as run:
+        for case, method, order in (("b", "N", [1, 1]), ("b", "M", [1, 0]), ("c", None, [2]), ("a", "N", [0, 1])):
+            run.set(case, method and "t", method, "failed", "because", order=order)
+        run.set("a", "t", "M", "ok", order=[0, 0])
+    wanted = [("a", "M"), ("a", "N"), ("b", "M"), ("b", "N"), ("c", None)]
+    assert asked(tmp_path) == wanted
+    assert [(e["case"], e["method"]) for e in read(tmp_path)["results"]] == wanted, "also in the file"
+    with RunRecord(tmp_path) as run:  # a resume of one case, and one more method
+        for number, method in ((2, "L"), (1, "N"), (0, "M")):
+            run.set("b", "t", method, "ok", order=[0, number])
+    wanted = [("a", "M"), ("a", "N"), ("b", "M"), ("b", "N"), ("b", "L"), ("c", None)]
+    assert asked(tmp_path) == wanted
+    (tmp_path / "run.json").unlink()
+    assert asked(tmp_path) == wanted, "the journal alone is enough"
+
+
+def test_parts_of_a_run_stand_one_after_the_other(tmp_path: Path) -> None:
+    for part in (1, 0):  # the second part begins first
+        with RunRecord(tmp_path, part=part) as run:
+            for number in (1, 0):
+                run.set(f"{part}{number}", "t", "M", "ok", order=[number, 0])
+    assert [case for case, _ in asked(tmp_path)] == ["00", "01", "10", "11"]
+
+
+def test_a_result_of_the_watching_process_gets_its_order(tmp_path: Path) -> None:
+    """The process that ends a result by the hard time limit does not know which one was asked for first."""
+    RunRecord(tmp_path, run="r").set("a", "t", "N", "ok", order=[0, 1])
+    RunRecord(tmp_path, run="r").set("a", "t", "M", "timeout", "too long")
+    with RunRecord(tmp_path, run="r") as again:
+        again.add_order("a", "t", "M", [0, 0])
+        again.add_order("a", "t", "N", [0, 5])  # known already
+        again.set("a", "t", "L", "ok", order=[0, 2])
+    assert asked(tmp_path) == [("a", "M"), ("a", "N"), ("a", "L")]
+    assert statuses(tmp_path)["a", "t", "M"] == "timeout"
+
+
+@pytest.mark.parametrize("order", [None, 3, {}, {"case": 1}, {"case": ["t", "x"], "result": [[]]}, {"result": [1]}])
+def test_damaged_and_older_orders_are_read(order: Any, tmp_path: Path) -> None:
+    entry = {"case": "a", "target": "t", "method": "M", "status": "ok", "order": order}
+    (tmp_path / "run.json").write_text(json.dumps({"results": [entry, {**entry, "method": "L"}, 5]}), encoding="utf-8")
+    RunRecord(tmp_path).set("a", "t", "K", "ok", order=[0, 0])
+    assert [e["method"] for e in read_run(tmp_path).results if isinstance(e, dict)] == ["M", "L", "K"]

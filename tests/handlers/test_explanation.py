@@ -188,6 +188,22 @@ def test_output_layout_and_sigmoid_are_the_engines(scans: list[Path], tmp_path: 
     ]
 
 
+def test_the_layout_of_bids(scans: list[Path], tmp_path: Path) -> None:
+    """The handler writes the maps of the plain layout under the names of BIDS derivatives."""
+    for layout in ("plain", "bids"):
+        engine = evaluator(scans, Small())
+        handler(tmp_path / layout, methods=["Saliency"], layout=layout).attach(engine)
+        engine.run()
+    written = {p.name: p for p in (tmp_path / "bids").glob("sub-*/anat/*_desc-Saliency_attr.nii.gz")}
+    assert len(written) == len(maps(tmp_path / "plain")) > 0
+    for path in (tmp_path / "plain").rglob("*_attr.nii.gz"):
+        case, target = path.name.split("_")[:2]
+        twin = written[f"sub-{case}_label-{target.replace('-c', 'C')}_desc-Saliency_attr.nii.gz"]
+        assert twin.read_bytes() == path.read_bytes()
+    with pytest.raises(UsageError, match="layout='nested'"):
+        handler(tmp_path, layout="nested")
+
+
 def test_sigmoid_of_another_key_does_not_count(scans: list[Path], tmp_path: Path) -> None:
     post = Compose([Activationsd(["other", "pred"], sigmoid=[True, False], allow_missing_keys=True)])
     engine = evaluator(scans[:1], Small(), postprocessing=post)

@@ -16,6 +16,9 @@ REGIONS = {"background": 0, "whole": [1, 2], "core": [2]}
 RESAMPLING = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
 
 
+INTENSITIES = {"mean": 130.0, "std": 40.0, "percentile_00_5": 60.0, "percentile_99_5": 210.0}
+"""Those of the training set, which the normalisation of CT uses."""
+CT = {"normalization_schemes": ["CTNormalization"]}
 ORDER3 = {"resampling_fn_probabilities_kwargs": RESAMPLING}
 TORCH = {
     "resampling_fn_probabilities": "resample_torch_fornnunet",
@@ -87,7 +90,7 @@ def plans(
         "configurations": {name: configuration},
         "experiment_planner_used": "ExperimentPlanner",
         "label_manager": "LabelManager",
-        "foreground_intensity_properties_per_channel": {str(i): {"mean": 0.0, "std": 1.0} for i in range(channels)},
+        "foreground_intensity_properties_per_channel": {str(i): INTENSITIES for i in range(channels)},
     }
 
 
@@ -109,12 +112,14 @@ def model_folder(
     trainer: str = "nnUNetTrainer",
     seed: int = 0,
     favoured: int | None = None,
+    without_norm: bool = False,
 ) -> Path:
     """Write a model folder with random weights and return it.
 
     Args:
         changes: those of the configuration.
         favoured: a channel whose logits are raised, so that it is predicted in many voxels.
+        without_norm: leave out the normalisation layers.
     """
     from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
     from nnunetv2.utilities.label_handling.label_handling import determine_num_input_channels
@@ -125,6 +130,10 @@ def model_folder(
     folder.mkdir(parents=True, exist_ok=True)
     content = plans(patch, spacing, transpose, channels, name, residual)
     content["configurations"][name] |= changes or {}
+    if without_norm:
+        architecture = content["configurations"][name]["architecture"]
+        architecture["arch_kwargs"] |= {"norm_op": None, "norm_op_kwargs": None}
+        architecture["_kw_requires_import"].remove("norm_op")
     description: dict[str, Any] = {
         "channel_names": {str(i): f"channel{i}" for i in range(channels)},
         "labels": labels,

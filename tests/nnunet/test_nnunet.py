@@ -163,7 +163,7 @@ def test_integrated_gradients_are_complete_over_folds_and_mirrors(tmp_path: Path
     methods = ["IntegratedGradients(baseline='blur(sigma=2)', tolerance=1e-3)"]
     methods += ["IntegratedGradients(baseline='blur(sigma=2)', n_steps=3, name='three')"]
     complete, three = Explainer(reader.network.double(), inferer)(image[None], methods, [MultiClassMask(1)])
-    assert complete.record["windows_total"] == 8  # two windows, folds and views
+    assert complete.record["windows_total"] == 32  # 2 x 2 x 2 windows, two folds, two views
     x = image.as_tensor()
     x0 = gaussian_blur(x, 2)
     mask = plain_loop(predictor_of(reader), x).detach().argmax(0) == 1

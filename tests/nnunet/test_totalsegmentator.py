@@ -21,12 +21,12 @@ from esegeta_monai.bundle.trust import TRUST_VARIABLE
 from esegeta_monai.cli.main import build_parser, main
 from esegeta_monai.cli.trust import require_trust
 from esegeta_monai.engine.resampled import OUTPUT_GRID
-from esegeta_monai.errors import InputError, TrustError, UsageError
+from esegeta_monai.errors import TrustError, UsageError
 from tests.nnunet.folders import model_folder, scan
 from tests.nnunet.test_nnunet import plain_loop, predictor_of
 
 
-def weights(root: Path, *numbers: int, monkeypatch: pytest.MonkeyPatch) -> Path:
+def weights(root: Path, *numbers: int, monkeypatch: pytest.MonkeyPatch, **options: Any) -> Path:
     """Write tiny models with random weights in TotalSegmentator's layout, with the classes of its own class map."""
     from totalsegmentator import map_tasks_config, map_to_binary
 
@@ -51,6 +51,7 @@ def weights(root: Path, *numbers: int, monkeypatch: pytest.MonkeyPatch) -> Path:
             mirror=None,
             seed=number,
             favoured=5 if number == 298 else 0,  # the rough model finds a liver; the others leave voxels to each other
+            **options,
         )
     monkeypatch.setenv("TOTALSEG_WEIGHTS_PATH", str(root))
     monkeypatch.setenv("TOTALSEG_HOME_DIR", str(root / "home"))
@@ -239,22 +240,11 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         TotalSegmentatorReader("total", ["lever"], "fast")
     with pytest.raises(UsageError, match="does not work with option --fast"):
         TotalSegmentatorTask.read("liver_vessels", "fast")
-    weights(root, 292, 293, 294, 295, 298, monkeypatch=monkeypatch)
+    weights(root, 292, 293, 294, 295, monkeypatch=monkeypatch)
     with pytest.raises(UsageError, match="liver in 291, vertebrae_L5 in 292"):
         TotalSegmentatorReader("total", ["liver", "vertebrae_L5"])
     with pytest.raises(UsageError, match="has 5 models: give the class by --target"):
         TotalSegmentatorReader("total")
-    reader = TotalSegmentatorReader("total", ["liver"])
-    (file,) = scan(tmp_path / "scans", shape=(30, 26, 22))
-    from totalsegmentator import nnunet
-
-    known = nnunet.nnUNet_predict_image
-    monkeypatch.setattr(nnunet, "nnUNet_predict_image", lambda *a, **k: known(*a, **k | {"force_split": True}))
-    with pytest.raises(RuntimeError) as caught:  # MONAI's Compose wraps it
-        reader.preprocessing({"image": str(file)})
-    assert isinstance(caught.value.__cause__, InputError)
-    assert "splits a scan of this size" in str(caught.value.__cause__)
-    assert nnunet.nnUNetv2_predict.__module__ == "totalsegmentator.nnunet"
 
 
 def test_every_model_of_the_task_is_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,3 +89,14 @@ def test_folders_without_results_are_refused(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=r"has no results and no metrics\.csv"):
             merge_runs(folder)
     assert read_run(tmp_path).results == []
+
+
+def test_merged_results_stand_as_asked_for(tmp_path: Path) -> None:
+    """Two folders with other methods of one case, and with other cases."""
+    for folder, case, methods in (("one", "b", "NM"), ("two", "b", "LK"), ("three", "a", "NM")):
+        with RunRecord(tmp_path / folder) as run:
+            for number, method in reversed(list(enumerate(methods))):
+                run.set(case, "t", method, "ok", order=[0, number, 0, 0])
+    merge_runs(tmp_path / "whole", [tmp_path / name for name in ("three", "two", "one")])
+    contents = json.loads((tmp_path / "whole" / "run.json").read_text(encoding="utf-8"))
+    assert [e["case"] + e["method"] for e in contents["results"]] == ["bN", "bM", "bL", "bK", "aN", "aM"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from esegeta_monai.methods import (
     Saliency,
 )
 from esegeta_monai.methods.base import Method
+from esegeta_monai.output.report.cohort import results_csv
+from esegeta_monai.output.report.collect import read_output
 from esegeta_monai.output.writer import ResultWriter
 from esegeta_monai.targets import Box, MultiClassMask, PredictedClasses, Target, ThresholdMask
 from tests.support import oblique
@@ -273,6 +276,39 @@ def test_a_case_that_cannot_be_explained_is_recorded(image: MetaTensor, tmp_path
     assert [(e["case"], e["status"]) for e in entries(writer)] == [("alpha", "failed")]
     assert "NaN or infinite" in entries(writer)[0]["reason"]
     assert names(tmp_path) == []
+
+
+def test_results_stand_as_asked_for_in_record_report_and_table(image: MetaTensor, tmp_path: Path) -> None:
+    """The gradients share passes and end together, also the one that was asked for last."""
+    methods = [InputXGradient(), Occlusion(window=12), GradCam(layer="nowhere"), Saliency()]
+    targets: list[Target] = [Box(1, (2, 2, 2), (6, 6, 6)), Box(0, (0, 0, 0), (6, 6, 6))]
+    wanted = [(str(m.name), f"Box-class{k}") for m in methods for k in (1, 0)]
+
+    def explained(*some: Method) -> None:
+        writer = ResultWriter(tmp_path, some or methods, targets, pictures=False, cases=["beta", "alpha"])
+        for case in ("alpha", "beta"):
+            explainer = Explainer(network(), on_error="record")
+            writer.explain(explainer, image, case, some or methods, targets)
+        writer.run.write()
+
+    def check() -> None:
+        contents = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["results"]
+        assert [(e["case"], e["method"]) for e in contents] == [(c, m) for c in ("beta", "alpha") for m, _ in wanted]
+        run = read_output(tmp_path)
+        assert [case.name for case in run.cases] == ["beta", "alpha"]
+        for case in run.cases:
+            assert case.methods == [m.name for m in methods]
+            assert [(r.method, str(r.target)[: len("Box-class1")]) for r in case.explained] == wanted
+        rows = [row for row in csv.DictReader(results_csv(run.cases).splitlines()) if row["case"] == "alpha"]
+        assert [*dict.fromkeys((row["method"], row["target"][: len("Box-class1")]) for row in rows)] == wanted
+
+    explained()
+    ends = [json.loads(line).get("method") for line in (tmp_path / "run.jsonl").read_text("utf-8").splitlines() if line]
+    assert ends.index("Saliency") < ends.index("Occlusion"), "they end in another order"
+    check()
+    next((tmp_path / "alpha").glob("*class1*InputXGradient*.json")).unlink()
+    explained()  # a resume: one map is missing
+    check()
 
 
 # ---- names --------------------------------------------------------------------------------------------------------

@@ -16,6 +16,8 @@ from esegeta_monai.utils.files import (
     INTENDED_USE,
     atomic,
     read_json,
+    refuse_link_out,
+    refuse_special,
     sha256_file,
     strict_json,
     versions,
@@ -157,9 +159,31 @@ def test_hostile_text_survives_the_round_trip(tmp_path: Path) -> None:
 def test_read_json_gives_none_for_what_is_no_object(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     assert read_json(path) is None
-    for content in (b"", b'{"a": 1', b"[1]", b"\xff\xfe\x00"):
+    for content in (b"", b'{"a": 1', b"[1]", b"\xff\xfe\x00", b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"):
         path.write_bytes(content)
         assert read_json(path) is None
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes")
+def test_pipes_are_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert read_json(tmp_path / "pipe") is None
+    with pytest.raises(InputError, match=r"pipe.*no regular file"):
+        sha256_file(tmp_path / "pipe")
+    with pytest.raises(OSError, match="a pipe or a device"):
+        refuse_special(tmp_path / "pipe")
+
+
+def test_links_out_of_a_folder_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").symlink_to(tmp_path)
+    for name in ("b", "b/c"):
+        refuse_link_out(tmp_path / "out" / name, tmp_path / "out")
+    with pytest.raises(UsageError, match="out/a/x is a link to another folder"):
+        refuse_link_out(tmp_path / "out" / "a" / "x", tmp_path / "out")
+    with pytest.raises(OSError, match="a link to another file"):
+        refuse_special(tmp_path / "out" / "a")
+    refuse_special(tmp_path / "absent")
 
 
 def test_sha256(tmp_path: Path) -> None:

@@ -30,6 +30,13 @@ def test_hostile_names_become_plain_files_in_the_folder(name: str, tmp_path: Pat
     assert path.parent.name.split(".")[0].upper() not in {"CON", "NUL", "COM1"}
 
 
+def test_no_case_is_called_like_a_file_of_the_output_folder() -> None:
+    for name in ("run.json", "RUN.JSONL", "run.part0.jsonl", "run.json.unreadable", "index.html", "metrics.csv"):
+        assert safe_name(name) == f"_{name}"
+    for name in ("run", "run.json.gz", "runner.json", "index", "my-metrics.csv"):
+        assert safe_name(name) == name
+
+
 def test_readable_names_stay_as_they_are() -> None:
     for name in ("sub-01_ses-2_T1w", "2024_01_15", "007", "1e5", "MultiClassMask-class_index1", "a.b"):
         assert safe_name(name) == name

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import gzip
+import struct
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -91,3 +93,45 @@ def _decompressed(content: bytes) -> bytes | None:
         return gzip.decompress(content)
     except Exception:  # whatever the damage does
         return None
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+def test_extensions_beyond_those_of_a_scan_are_refused_before_they_are_parsed(
+    kind: Any, suffix: str, tmp_path: Path
+) -> None:
+    path = tmp_path / f"a{suffix}"
+    image = kind(np.ones((6, 7, 8), np.float32), np.eye(4))
+    for text in (b"a", b"b" * 5000):
+        image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", text))
+    nib.save(image, path)
+    check_whole(path)
+    content = path.read_bytes() if suffix == ".nii" else gzip.decompress(path.read_bytes())
+    begin, place, form = (348, 108, "<f") if kind is nib.Nifti1Image else (540, 168, "<q")
+    voxels = content[-4 * 6 * 7 * 8 :]
+    for count, step, says in ((1, 100 << 20, "more than 64 MiB before the voxels"), (5000, 16, "more than 1000 ext")):
+        header = bytearray(content[:begin])
+        end = begin + 4 + count * step
+        struct.pack_into(form, header, place, end + -end % 16 if form == "<f" else end)
+        extensions = (struct.pack("<2i", step, 6) + bytes(8)) * count if count > 1 else struct.pack("<2i", step, 6)
+        damaged = bytes(header) + b"\1\0\0\0" + extensions + voxels
+        path.write_bytes(damaged if suffix == ".nii" else gzip.compress(damaged))
+        with pytest.raises(InputError, match=says):
+            check_whole(path)
+
+
+def test_extensions_of_a_pair_are_counted_too(tmp_path: Path) -> None:
+    nib.save(nib.Nifti1Pair(np.ones((6, 7, 8), np.float32), np.eye(4)), tmp_path / "a.img")
+    header = (tmp_path / "a.hdr").read_bytes()[:348]
+    (tmp_path / "a.hdr").write_bytes(header + b"\1\0\0\0" + (struct.pack("<2i", 16, 6) + bytes(8)) * 5000)
+    with pytest.raises(InputError, match="more than 1000 extensions"):
+        check_whole(tmp_path / "a.img")
+
+
+@pytest.mark.parametrize("name", ["a.nrrd", "a.mha"])
+def test_a_text_header_without_end_is_refused(name: str, tmp_path: Path) -> None:
+    begin = b"NRRD0004\n" if name == "a.nrrd" else b"ObjectType = Image\n"
+    for line in (b"# x\n" * 300_000, b"x" * (2 << 20)):
+        (tmp_path / name).write_bytes(begin + line)
+        with pytest.raises(InputError, match="its header has no end within a MiB"):
+            check_whole(tmp_path / name)

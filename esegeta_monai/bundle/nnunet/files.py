@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import json
 import pickle
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,8 @@ import numpy as np
 import torch
 
 from esegeta_monai.errors import NetworkError, UsageError
+from esegeta_monai.utils.files import parse_json
+from esegeta_monai.utils.weights_only import read_weights
 
 __all__ = [
     "CHECKPOINT",
@@ -94,7 +94,7 @@ def read_object(file: Path) -> dict[str, Any]:
         UsageError: there is no such file, or it is no JSON object.
     """
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = parse_json(file.read_bytes())
     except (OSError, ValueError) as error:
         raise UsageError(f"{file.parent.name}/{file.name} cannot be read: {error}") from error
     if not isinstance(content, dict):
@@ -115,11 +115,9 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
         allowed += [(function, f"{module}.multiarray.{name}") for module in ("numpy.core", "numpy._core")]
     try:
         with torch.serialization.safe_globals(allowed):
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            state = read_weights(file)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = " ".join(str(error).split())
-        if code := re.search(r"GLOBAL (\S+)", reason):
-            reason = f"it refers to {code[1]}, which is code and no weight; it was not loaded"
         raise NetworkError(f"{file.parent.name}/{file.name} cannot be read as weights: {reason[:200]}") from error
     if not isinstance(state, dict) or not {"network_weights", "trainer_name", "init_args"} <= set(state):
         raise NetworkError(f"{file.parent.name}/{file.name} is no checkpoint of nnU-Net v2")

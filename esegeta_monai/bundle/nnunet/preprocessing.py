@@ -60,6 +60,11 @@ class NnunetPreprocessd(MapTransform):
             files: one file per channel.
             scan: (1, *spatial) the first one with the trace of what was done before; None: it is read.
         """
+        image, more = self._prepared(files)
+        return self._traced(image, more[PROPERTIES], read_scan(files[0]) if scan is None else scan), more
+
+    def _prepared(self, files: list[str]) -> tuple[Tensor, dict[str, Any]]:
+        """Return the image (C, *spatial) without trace, and further entries of the data dictionary."""
         model = self.model
         wanted = len(model.channel_names)
         if len(files) != wanted:
@@ -75,8 +80,7 @@ class NnunetPreprocessd(MapTransform):
         if file is not None:
             one_hot = nnunet_module("nnunetv2.utilities.label_handling.label_handling").convert_labelmap_to_one_hot
             more[PREVIOUS] = torch.as_tensor(one_hot(labels[0], model.labels.foreground_labels, values.dtype)).float()
-        image = torch.as_tensor(values).float()
-        return self._traced(image, properties, read_scan(files[0]) if scan is None else scan), more
+        return torch.as_tensor(values).float(), more
 
     def _traced(self, image: Tensor, properties: Mapping[str, Any], scan: MetaTensor) -> MetaTensor:
         """Return the image with the trace of nnU-Net's transpose, crop and resampling, from the scan's grid."""

@@ -124,7 +124,7 @@ class NnunetReader(BundleReader):
     def inferer(self) -> EnsembleInferer:
         """nnU-Net's windows, folds and mirrored views."""
         patch, flat = tuple(self.configuration.patch_size), len(self.configuration.patch_size) == 2
-        windows = NnunetWindows(patch, self.step)
+        windows = self._windows(patch)
         axes = [axis + 1 if flat else axis for axis in self.mirror_axes]
         prefix = "" if self.previous is None else "network."
         members = [{prefix + name: value.to(self.device) for name, value in member.items()} for member in self.members]
@@ -244,6 +244,10 @@ class NnunetReader(BundleReader):
         return None if self.previous is None else torch.zeros(len(self.labels.foreground_labels), *spatial)
 
     # -- internals --------------------------------------------------------------------------------------------------
+
+    def _windows(self, patch: tuple[int, ...]) -> NnunetWindows:
+        """Return the windows of one fold and view."""
+        return NnunetWindows(patch, self.step)
 
     @property
     def _first_stage(self) -> Callable[[list[str], Path], Path] | None:

@@ -8,10 +8,9 @@ replaced, by a predictor that gives the same segmentation and keeps the logits.
 from __future__ import annotations
 
 import contextlib
-import io
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -28,13 +27,30 @@ from esegeta_monai.bundle.nnunet.files import PROPERTIES
 from esegeta_monai.bundle.nnunet.prediction import NnunetPrediction
 from esegeta_monai.bundle.nnunet.preprocessing import NnunetPreprocessd
 from esegeta_monai.bundle.nnunet.reader import NnunetReader
+from esegeta_monai.bundle.nnunet.totalsegmentator_parts import (
+    Part,
+    PartWindows,
+    join_images,
+    join_predictions,
+    parts_of,
+    parts_of_files,
+)
+from esegeta_monai.bundle.nnunet.totalsegmentator_run import (
+    Crop,
+    SegmentingModel,
+    box_of,
+    crop_of,
+    nearest_labels,
+    run_task,
+    values_of,
+)
 from esegeta_monai.bundle.nnunet.totalsegmentator_task import (
     ENDING,
     Mode,
-    PartModel,
     TotalSegmentatorTask,
     totalsegmentator_module,
 )
+from esegeta_monai.bundle.nnunet.windows import NnunetWindows
 from esegeta_monai.engine.resampled import OutputMasks, Resampling
 from esegeta_monai.errors import InputError, NetworkError
 from esegeta_monai.files.scans import read_scan
@@ -43,24 +59,6 @@ __all__ = ["TotalSegmentatorReader"]
 
 SCAN = "totalsegmentator_scan"
 """Key of the `_Scan` of a case in its data dictionary."""
-
-Predict = Callable[[int, Path, Path], None]
-"""Function of the number of a model, its input file, and its output file without extension."""
-
-
-@dataclass(frozen=True)
-class _Crop:
-    """Crop of a task.
-
-    Attributes:
-        mask: the structures to which the scan is cropped.
-        margin: mm on each side.
-        outside: structures; the final file is set to background outside them; None: it is not.
-    """
-
-    mask: Any
-    margin: Sequence[float]
-    outside: Any
 
 
 @dataclass(frozen=True)
@@ -72,14 +70,18 @@ class _Scan:
         crop: the crop; None: the whole scan.
         box: the crop in voxels of the scan.
         shape: shape of the cropped scan in canonical order.
-        resampled: content of the file that the network reads.
+        resampled: content of the file that the network reads, of its parts together where it is split.
+        parts: the parts along the last axis of ``resampled``; empty: it is not split.
+        properties: nnU-Net's properties of the parts.
     """
 
     image: Any
-    crop: _Crop | None
+    crop: Crop | None
     box: tuple[slice, ...]
     shape: tuple[int, ...]
     resampled: np.ndarray
+    parts: tuple[Part, ...]
+    properties: tuple[Any, ...]
 
 
 class TotalSegmentatorReader(NnunetReader):
@@ -151,15 +153,13 @@ class TotalSegmentatorReader(NnunetReader):
         scan: _Scan = data[SCAN]
         own: list[NnunetPrediction] = []
 
-        def predict(number: int, file: Path, out: Path) -> None:
+        def predict(number: int, files: list[tuple[Path, Path]]) -> None:
             if number != self.part.number:
-                self._of(number).segment(file, out)
-                return
-            if not np.array_equal(_values(file), scan.resampled):
-                raise NetworkError("TotalSegmentator prepared another image than for the network: predict again")
-            own.append(super(TotalSegmentatorReader, self).predict(image, data, out))
+                self._of(number).segment(files)
+            else:
+                own.append(self._own(image, data, files))
 
-        final = _run(self.total_task, scan.image, scan.crop, self.device, self.total_task.step, predict)
+        final = run_task(self.total_task, scan.image, scan.crop, self.device, self.total_task.step, predict)
         labels = np.asarray(final.dataobj).astype(np.int64)
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -168,9 +168,46 @@ class TotalSegmentatorReader(NnunetReader):
         masks = self._masks(own[0].masks, segmentation, scan, data[PROPERTIES])
         return replace(own[0], segmentation=segmentation.permute(2, 1, 0), masks=masks)
 
-    def _of(self, number: int) -> _Model:
+    def _own(self, image: Tensor, data: Any, files: list[tuple[Path, Path]]) -> NnunetPrediction:
+        """Predict by the model that is explained.
+
+        Raises:
+            NetworkError: see `predict`.
+        """
+        scan: _Scan = data[SCAN]
+        whole = Part(slice(0, scan.resampled.shape[2]), slice(0, scan.resampled.shape[2]))
+        parts = scan.parts or (whole,)
+        if len(files) != len(parts) or not all(
+            np.array_equal(values_of(file), scan.resampled[:, :, part.read]) for (file, _), part in zip(files, parts)
+        ):
+            raise NetworkError("TotalSegmentator prepared another image than for the network: predict again")
+        if not scan.parts:
+            return super().predict(image, data, files[0][1])
+        axis, plain = self.split_axis, torch.as_tensor(image).as_subclass(Tensor)
+        predictions = [
+            super(TotalSegmentatorReader, self).predict(
+                plain.narrow(axis + 1, part.read.start, part.read.stop - part.read.start), {**data, PROPERTIES: p}, out
+            )
+            for part, p, (_, out) in zip(parts, scan.properties, files)
+        ]
+        return join_predictions(predictions, parts, axis, self.model, data[PROPERTIES])
+
+    @property
+    def split_axis(self) -> int:
+        """The axis of the network's image along which TotalSegmentator splits a very large scan."""
+        return self._axes.index(2)
+
+    @property
+    def several(self) -> bool:
+        """True if the task has several models: TotalSegmentator splits very large scans only for these."""
+        return isinstance(self.total_task.config["task_id"], list)
+
+    def _windows(self, patch: tuple[int, ...]) -> NnunetWindows:
+        return PartWindows(patch, self.step, self.split_axis, self.several)
+
+    def _of(self, number: int) -> SegmentingModel:
         (part,) = (part for part in self.total_task.parts if part.number == number)
-        return _Model(part, self.total_task, self.device)
+        return SegmentingModel(part, self.total_task, self.device)
 
     def _masks(self, own: OutputMasks, segmentation: Tensor, scan: _Scan, properties: Any) -> OutputMasks:
         """Return the masks of the final file on the grid of the cropped scan, in the order of the network's axes."""
@@ -187,9 +224,9 @@ class TotalSegmentatorReader(NnunetReader):
         resampling = None
         if own.resampling is not None:
             box = properties["bbox_used_for_cropping"]
-            matrices = []
+            matrices, spacing = [], self.total_task.config["resample"]
             for axis, (inner, edges) in enumerate(zip(own.resampling.matrices, box)):
-                nearest = _nearest(scan.resampled.shape, scan.shape, order[axis], self.total_task.config["resample"])
+                nearest = nearest_labels(scan.resampled.shape, scan.shape, order[axis], spacing)
                 matrices.append(nearest[:, edges[0] : edges[1]] @ inner)
             resampling = Resampling(tuple(matrices))
         return OutputMasks(mask, own.exclusive, resampling, {**own.record, "masks": "TotalSegmentator's file"})
@@ -206,17 +243,6 @@ class TotalSegmentatorReader(NnunetReader):
         return {**content, "name": f"totalsegmentator_{self.total_task.name}{mode}_{self.part.number}"}
 
 
-class _Model:
-    """A model that gives a segmentation only."""
-
-    def __init__(self, part: PartModel, task: TotalSegmentatorTask, device: torch.device) -> None:
-        self.reader = NnunetReader(part.folder, task.config["folds"], False, device, task.step)
-
-    def segment(self, file: Path, out: Path) -> None:
-        data = self.reader.preprocessing({"image": [str(file)]})
-        self.reader.predict(data["image"], data, out)
-
-
 class _Preprocessd(NnunetPreprocessd):
     """TotalSegmentator's preparation of a scan, then nnU-Net's preprocessing."""
 
@@ -231,138 +257,45 @@ class _Preprocessd(NnunetPreprocessd):
         image: Any = nib.load(files[0])
         if len(image.shape) != 3:
             raise InputError(f"{Path(files[0]).name} has the shape {tuple(image.shape)}; give a 3D scan")
-        crop = _crop(task, image, device)
+        crop = crop_of(task, image, device)
         way: Any = (read_scan(files[0]) if scan is None else scan)[:1].clone()
         box = tuple(slice(0, n) for n in image.shape)
         if crop is not None:
-            box = _box(image, crop)
+            box = box_of(image, crop)
             way = SpatialCrop(roi_start=[part.start for part in box], roi_end=[part.stop for part in box])(way)
         way = Orientation(axcodes="RAS", labels=(("L", "R"), ("P", "A"), ("I", "S")))(way)
         shape = tuple(int(n) for n in way.shape[1:])
         with tempfile.TemporaryDirectory() as folder:
-            kept = Path(folder) / f"scan_0000{ENDING}"
+            kept: list[Path] = []
 
-            def keep(_: int, file: Path, __: Path) -> None:
-                shutil.move(file, kept)
+            def keep(_: int, files: list[tuple[Path, Path]]) -> None:
+                kept.extend(Path(shutil.move(file, Path(folder) / file.name)) for file, _ in files)
                 raise _PreparedError
 
             with contextlib.suppress(_PreparedError):
-                _run(task, image, crop, device, task.step, keep)
-            resampled = _values(kept)
+                run_task(task, image, crop, device, task.step, keep)
+            values = [values_of(file) for file in kept]
+            parts = parts_of_files([v.shape for v in values], self.reader.several)
+            resampled = values[0]
+            if parts:
+                resampled = np.concatenate([v[:, :, part.inner] for v, part in zip(values, parts)], 2)
             if resampled.shape != shape:
                 # ndimage.zoom keeps the centres of the outermost voxels
                 way = Resize(resampled.shape, mode="trilinear", align_corners=True)(way)
-            values, more = super()._preprocess([str(kept)], way)
-        return values, {**more, SCAN: _Scan(image, crop, box, shape, resampled)}
+            prepared = [self._prepared([str(file)]) for file in kept]
+        properties = tuple(more[PROPERTIES] for _, more in prepared)
+        network_image, more = prepared[0]
+        if parts:
+            network_image, whole = join_images([i for i, _ in prepared], properties, parts, self.reader.split_axis)
+            more = {PROPERTIES: whole}
+        elif parts_of(network_image.shape[1:], self.reader.split_axis, self.reader.several):
+            raise InputError(
+                f"TotalSegmentator does not split this scan of {resampled.shape}, and nnU-Net resamples it to "
+                f"{tuple(network_image.shape[1:])}, which the window plan takes for a scan in parts: crop the scan"
+            )
+        at = _Scan(image, crop, box, shape, resampled, parts, properties)
+        return self._traced(network_image, more[PROPERTIES], way), {**more, SCAN: at}
 
 
 class _PreparedError(Exception):
     """The scan is prepared, and its file moved: TotalSegmentator need not go on."""
-
-
-def _run(
-    task: TotalSegmentatorTask, image: Any, crop: _Crop | None, device: torch.device, step: float, predict: Predict
-) -> Any:
-    """Run TotalSegmentator's own function, with ``predict`` in place of its call of nnU-Net; return the final image.
-
-    Raises:
-        InputError: the scan is so large that TotalSegmentator splits it.
-        NetworkError: this version of TotalSegmentator calls nnU-Net in another way.
-    """
-    module, config = totalsegmentator_module("totalsegmentator.nnunet"), task.config
-
-    def instead(dir_in: Any, dir_out: Any, number: int, *_: Any, tta: bool = False, **options: Any) -> None:
-        inputs = sorted(Path(dir_in).glob(f"*_0000{ENDING}"))
-        if len(inputs) != 1:
-            raise InputError(
-                "TotalSegmentator splits a scan of this size into three parts, which is not supported: crop the scan"
-            )
-        if tta or options.get("step_size") != step:
-            raise NetworkError(
-                f"this version of TotalSegmentator predicts with step {options.get('step_size')} and mirroring {tta}, "
-                f"not with step {step}: install the version that the extra [totalsegmentator] names"
-            )
-        predict(number, inputs[0], Path(dir_out) / inputs[0].name.removesuffix(f"_0000{ENDING}"))
-
-    known = module.nnUNetv2_predict
-    module.nnUNetv2_predict = instead
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            final, _, _ = module.nnUNet_predict_image(
-                image,
-                None,
-                config["task_id"],
-                model=config["model"],
-                folds=config["folds"],
-                trainer=config["trainer"],
-                plans=config["plans"],
-                tta=False,
-                multilabel_image=True,
-                resample=config["resample"],
-                crop=None if crop is None else crop.mask,
-                crop_addon=None if crop is None else crop.margin,
-                task_name=task.name,
-                nr_threads_saving=1,
-                quiet=True,
-                device=str(device),
-                remove_outside_mask=None if crop is None else crop.outside,
-                remove_outside_dilation=None if crop is None else config.get("remove_outside_dilation"),
-            )
-    finally:
-        module.nnUNetv2_predict = known
-    return final
-
-
-def _crop(task: TotalSegmentatorTask, image: Any, device: torch.device) -> _Crop | None:
-    """Return the crop of a task, from the segmentation of its rough model.
-
-    Raises:
-        InputError: the rough model finds none of the structures.
-    """
-    rough = task.rough
-    if rough is None:
-        return None
-
-    def predict(number: int, file: Path, out: Path) -> None:
-        (part,) = (part for part in rough.parts if part.number == number)
-        _Model(part, rough, device).segment(file, out)
-
-    final = _run(rough, image, _crop(rough, image, device), device, rough.step, predict)
-    labels = np.asarray(final.dataobj)
-    label_of = {name: label for label, name in rough.classes.items()}
-
-    def structures(names: Sequence[str]) -> Any:
-        values = np.isin(labels, [label_of[name] for name in names]).astype(np.uint8)
-        return nib.Nifti1Image(values, final.affine)
-
-    names, outside = task.config["crop"], task.config.get("remove_outside")
-    mask = structures(names)
-    if not np.asarray(mask.dataobj).any():
-        raise InputError(
-            f"TotalSegmentator crops to {', '.join(names)}, and its rough model finds none in the scan: its "
-            "segmentation is empty, and there is nothing to explain"
-        )
-    margin = [20, 20, 20] if task.config.get("crop_model") is None else task.config["crop_addon"]
-    return _Crop(mask, margin, None if outside is None else structures(outside))
-
-
-def _values(file: Path) -> np.ndarray:
-    image: Any = nib.load(file)
-    return np.asarray(image.dataobj)
-
-
-def _box(image: Any, crop: _Crop) -> tuple[slice, ...]:
-    cut = totalsegmentator_module("totalsegmentator.nnunet").crop_to_mask
-    _, edges = cut(nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine), crop.mask, addon=crop.margin)
-    return tuple(slice(int(a), int(b)) for a, b in edges)
-
-
-def _nearest(before: Sequence[int], after: Sequence[int], axis: int, resample: Any) -> Tensor:
-    """Return the matrix (after, before) of TotalSegmentator's resampling of labels along an axis."""
-    n, m = before[axis], after[axis]
-    if resample is None or n == m:
-        return torch.eye(n, dtype=torch.float64)
-    change = totalsegmentator_module("totalsegmentator.nnunet").change_spacing
-    places = nib.Nifti1Image(np.arange(n, dtype=np.float64).reshape(n, 1, 1), np.eye(4))
-    read = change(places, [1.0, 1.0, 1.0], (m, 1, 1), order=0, dtype=np.int32).get_fdata().reshape(m)
-    return torch.nn.functional.one_hot(torch.as_tensor(read).long(), n).double()

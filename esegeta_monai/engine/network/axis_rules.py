@@ -453,7 +453,9 @@ _register(_keep, "_softmax _log_softmax _to_copy clone contiguous detach alias l
 _register(_keep, "native_layer_norm native_group_norm native_batch_norm _native_batch_norm_legit cudnn_batch_norm")
 _register(_keep, "_native_batch_norm_legit_no_training miopen_batch_norm native_dropout _native_multi_head_attention")
 _register(_keep, "batch_norm_elemt _batch_norm_no_update _batch_norm_with_update _fused_rms_norm")
-_register(_keep, "hardswish log_sigmoid_forward channel_shuffle native_channel_shuffle")
+# torch 2.8 does not mark all of these, or not their forms in place, as pointwise
+_register(_keep, "leaky_relu elu celu selu hardtanh mish rrelu_with_noise hardswish log_sigmoid_forward")
+_register(_keep, "channel_shuffle native_channel_shuffle")
 _register(_written, "copy")
 _register(_put, "index_put")
 _register(_convolved, "convolution _convolution convolution_overrideable mkldnn_convolution cudnn_convolution")

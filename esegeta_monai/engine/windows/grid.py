@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from esegeta_monai.engine.windows.plan import Call, Slices, WindowPlan, last_axes, overlap, unpadded
+from esegeta_monai.engine.windows.plan import Call, Slices, WindowPlan, last_axes, overlap, unpadded, within
 from esegeta_monai.errors import NetworkError
 
 __all__ = ["OutputGrid"]
@@ -47,7 +47,7 @@ class OutputGrid:
     def __init__(
         self, plan: WindowPlan, out_roi: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu"
     ) -> None:
-        self.plan, self.out_roi = plan, tuple(out_roi)
+        self.plan, self.out_roi, self._owned = plan, tuple(out_roi), plan.owned
         if plan.whole:
             self.shape = self.out_roi
             self._slices: tuple[Slices, ...] = (tuple(slice(0, n) for n in self.out_roi),) * len(plan)
@@ -70,6 +70,15 @@ class OutputGrid:
                 tuple(slice(int(s.start * z), int(s.stop * z)) for s, z in zip(window, zoom)) for window in plan.slices
             )
             padded = tuple(int(n * z) for n, z in zip(padded, zoom))
+            edges = [edge * z for box in plan.owned for s, z in zip(box, zoom) for edge in (s.start, s.stop)]
+            if any(edge % 1 for edge in edges):
+                raise NetworkError(
+                    f"windows {plan.roi} with output {self.out_roi} count in boxes that do not fall on whole output "
+                    "voxels: choose boxes whose edges do (owned)"
+                )
+            self._owned = tuple(
+                tuple(slice(int(s.start * z), int(s.stop * z)) for s, z in zip(box, zoom)) for box in plan.owned
+            )
             if any(s.stop - s.start != o for window in self._slices for s, o in zip(window, self.out_roi)):
                 raise NetworkError(
                     f"windows {plan.roi} with output {self.out_roi} do not fall on whole output voxels: choose roi "
@@ -89,7 +98,7 @@ class OutputGrid:
             if first.setdefault(view, call) is call:  # each view is blended by itself: other members see it again
                 if view not in self._counts:
                     self._counts[view] = torch.zeros(padded, dtype=dtype, device=device)
-                self._counts[view][place] += self._importance(view)
+                self._counts[view][place] += self._importance(window)
 
     @property
     def size(self) -> int:
@@ -104,6 +113,16 @@ class OutputGrid:
     def _places(self) -> list[Slices]:
         lows = [lo for lo, _ in self._pads]
         return [unpadded(window, lows, self.shape) for window in self._slices]
+
+    @functools.cached_property
+    def _counted(self) -> list[Slices]:
+        """The part of each window's place whose output counts."""
+        if not self._owned:
+            return self._places
+        lows = [lo for lo, _ in self._pads]
+        parts = zip(self._slices, self._owned)
+        boxes = (tuple(slice(s.start + c.start, s.start + c.stop) for s, c in zip(p, within(p, o))) for p, o in parts)
+        return [unpadded(box, lows, self.shape) for box in boxes]
 
     def inside(self, window: int) -> Slices:
         """Return the part of a window's output (*out_roi) that is no padding; its place is `place`."""
@@ -127,11 +146,13 @@ class OutputGrid:
 
     def _weight_of(self, window: int, part: Slices | None) -> Tensor:
         view, share = self._view(window), self.plan.call(window).weight
-        importance = self._importance(view)
+        importance = self._importance(window)
         weight = importance if part is None else importance[part]
         if self._counts is not None:
             count = self._counts[view][self._slices[window]]
             weight = weight / (count if part is None else count[part])
+            if self._owned:  # 0/0 in padding that no window owns
+                weight = weight.nan_to_num(nan=0.0)
         return weight if share == 1 else weight * share
 
     def _view(self, window: int) -> View:
@@ -139,11 +160,17 @@ class OutputGrid:
         call = self.plan.call(window)
         return (call.flips, call.axes) if call.around else ((), ())
 
-    def _importance(self, view: View) -> Tensor:
-        """Return the blending weights of the windows of a view (*out_roi), before their normalisation."""
+    def _importance(self, window: int) -> Tensor:
+        """Return the blending weights of a window (*out_roi), before their normalisation."""
         if self._counts is None:  # all ones
             return self._weight
-        return Call(flips=view[0], axes=view[1]).undo(self._weight, self._weight.ndim)
+        flips, axes = self._view(window)
+        values = Call(flips=flips, axes=axes).undo(self._weight, self._weight.ndim)
+        if not self._owned:
+            return values
+        kept, part = torch.zeros_like(values), within(self._slices[window], self._owned[window])
+        kept[part] = values[part]
+        return kept
 
     def unblended(self) -> OutputGrid:
         """Return the same grid with weights of one: the output of a single window is the prediction."""
@@ -157,7 +184,7 @@ class OutputGrid:
             return list(range(len(self.plan)))
         windows = []
         for w in range(len(self.plan)):
-            place = self.place(w)
+            place = self._counted[w]
             if overlap(place, box) and (mask is None or bool(torch.count_nonzero(mask[_relative(place, box)]))):
                 windows.append(w)
         return windows

@@ -157,6 +157,8 @@ def _declared(inferer: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Windo
         raise NetworkError(f"{name}: all windows must have the shape roi={plan.roi}, got {sorted(sizes)[:3]}")
     if any(s.start < 0 or s.stop > n for place in plan.slices for s, n in zip(place, plan.padded_shape)):
         raise NetworkError(f"{name}: a window lies outside the padded volume {plan.padded_shape}")
+    if plan.owned and (plan.whole or len(plan.owned) != len(plan)):
+        raise NetworkError(f"{name}: owned has {len(plan.owned)} boxes for {len(plan)} windows: give one for each")
     if plan.coverage < 1:
         raise NetworkError(f"{name}: the windows cover {100 * plan.coverage:.0f} % of the volume {shape}: cover it all")
     return plan

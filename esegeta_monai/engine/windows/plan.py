@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -105,6 +105,8 @@ class WindowPlan:
         member_weights: not empty: the predictions of the members are not added but kept apart, one after the other
             along the channels (M·K, *spatial), for scores that are not linear in their sum; the weight of each member
             in such a score. The weights of calls are then those of the views alone.
+        owned: for each window the box, in padded coordinates, in which its output counts; its weight elsewhere is zero,
+            ``g_w(v) = g(v) · 1[v in owned_w]``. Empty: everywhere.
     """
 
     spatial_shape: tuple[int, ...]
@@ -120,6 +122,7 @@ class WindowPlan:
     whole: bool = False
     calls: tuple[Call, ...] = ()
     member_weights: tuple[float, ...] = ()
+    owned: tuple[Slices, ...] = ()
 
     def __len__(self) -> int:
         return len(self.slices)
@@ -151,6 +154,18 @@ class WindowPlan:
     def _places(self) -> list[Slices]:
         lows = [lo for lo, _ in self.pads]
         return [unpadded(window, lows, self.spatial_shape) for window in self.slices]
+
+    def counted(self, window: int) -> Slices:
+        """Return the part of a window's output (*roi) that counts in the prediction.
+
+        >>> places, owned = ((slice(0, 4),), (slice(2, 6),)), ((slice(0, 3),), (slice(3, 6),))
+        >>> plan = WindowPlan((6,), (4,), places, ((0, 0),), importance=torch.ones(4), owned=owned)
+        >>> plan.counted(0), plan.counted(1)
+        ((slice(0, 3, None),), (slice(1, 4, None),))
+        """
+        if not self.owned:
+            return tuple(slice(0, n) for n in self.roi)
+        return within(self.slices[window], self.owned[window])
 
     def pad(self, values: Tensor, *, cval: float | None = None) -> Tensor:
         """Pad a cut-out (…, *place) to (…, *roi) like MONAI; differentiable. ``cval`` replaces the constant."""
@@ -243,12 +258,15 @@ class WindowPlan:
                     "so its mirrored views have other windows: pad it in the preprocessing (SpatialPadd)"
                 )
         slices: list[Slices] = []
+        owned: list[Slices] = []
         repeated: list[Call] = []
         for call in calls:
-            places = self._places_of(call, (turned or {}).get(call.axes, self))
+            view = (turned or {}).get(call.axes, self)
+            places = self._places_of(call, view)
             slices += places
             repeated += [call] * len(places)
-        return replace(self, slices=tuple(slices), calls=tuple(repeated))
+            owned += self._boxes_of(call, view, "owned")
+        return replace(self, slices=tuple(slices), calls=tuple(repeated), owned=tuple(owned))
 
     def _places_of(self, call: Call, view: WindowPlan) -> list[Slices]:
         """Return the places that a call sees in this volume, from the plan of its view."""
@@ -263,18 +281,22 @@ class WindowPlan:
                     f"with the axes {call.axes}: use windows of equal size along these axes, and pad smaller volumes "
                     "in the preprocessing (SpatialPadd)"
                 )
+        return self._boxes_of(call, view, "slices")
+
+    def _boxes_of(self, call: Call, view: WindowPlan, kind: Literal["slices", "owned"]) -> list[Slices]:
+        """Return boxes of the view's windows in this volume."""
         if not call.around or self.whole:
-            return list(self.slices)
-        mirrored = [
+            return list(getattr(self, kind))
+        mirrored: list[Slices] = [
             tuple(
                 slice(n - s.stop, n - s.start) if axis in call.flips else s
-                for axis, (s, n) in enumerate(zip(place, view.padded_shape))
+                for axis, (s, n) in enumerate(zip(box, view.padded_shape))
             )
-            for place in view.slices
+            for box in getattr(view, kind)
         ]
         if not call.axes:
             return mirrored
-        return [tuple(place[call.axes.index(axis)] for axis in range(len(place))) for place in mirrored]
+        return [tuple(box[call.axes.index(axis)] for axis in range(len(box))) for box in mirrored]
 
     def coordinates(self, window: int) -> list[slice]:
         """Return the argument that MONAI passes to a network under ``with_coord=True``, in padded coordinates."""
@@ -286,7 +308,7 @@ class WindowPlan:
             return self
         shape = tuple(min(n, r) for n, r in zip(self.spatial_shape, self.roi))
         place = tuple(slice(0, r) for r in self.roi)
-        return replace(self, spatial_shape=shape, slices=(place,), calls=self.calls[:1])
+        return replace(self, spatial_shape=shape, slices=(place,), calls=self.calls[:1], owned=())
 
     def resized(self, shape: Sequence[int]) -> WindowPlan:
         """Return the plan of the same windows at the same distances for a volume that is not larger along any axis.
@@ -295,10 +317,15 @@ class WindowPlan:
         replicating its edge.
 
         Raises:
-            NetworkError: the plan has several calls for each place.
+            NetworkError: the plan has several calls for each place, or windows whose output counts in part.
         """
         if self.calls:
             raise NetworkError("images are synthesised for a single network without mirrored views: choose one member")
+        if self.owned:
+            raise NetworkError(
+                "images are synthesised with windows whose whole output counts, and those of this inferer count in "
+                "part: give another inferer"
+            )
         pads = tuple(((r - n) // 2, r - n - (r - n) // 2) if r > n else (0, 0) for r, n in zip(self.roi, shape))
         if self.whole:
             return replace(self, spatial_shape=tuple(shape), pads=pads, padding_mode="replicate")
@@ -311,10 +338,11 @@ class WindowPlan:
 
     @functools.cached_property
     def coverage(self) -> float:
-        """Share of the volume's voxels in at least one window (always 1 for MONAI's dense windows)."""
-        covered = torch.zeros(self.spatial_shape, dtype=torch.bool)
-        for w in range(len(self)):
-            covered[self.place(w)] = True
+        """Share of the voxels where the output of at least one window counts (always 1 for MONAI's dense windows)."""
+        covered, lows = torch.zeros(self.spatial_shape, dtype=torch.bool), [lo for lo, _ in self.pads]
+        for w, place in enumerate(self.slices):
+            counted = tuple(slice(s.start + c.start, s.start + c.stop) for s, c in zip(place, self.counted(w)))
+            covered[unpadded(counted, lows, self.spatial_shape)] = True
         return int(torch.count_nonzero(covered)) / covered.numel()
 
 
@@ -333,6 +361,14 @@ def picked(positions: list[int]) -> list[int] | slice:
 def unpadded(window: Slices, lows: Sequence[int], shape: Sequence[int]) -> Slices:
     """Convert a window of the padded volume to unpadded coordinates, without its padding."""
     return tuple(slice(max(s.start - lo, 0), min(s.stop - lo, n)) for s, n, lo in zip(window, shape, lows))
+
+
+def within(window: Slices, box: Slices) -> Slices:
+    """Return the part of a window that lies in a box, in coordinates of the window."""
+    return tuple(
+        slice(first := min(max(b.start - s.start, 0), s.stop - s.start), max(min(b.stop, s.stop) - s.start, first))
+        for s, b in zip(window, box)
+    )
 
 
 def overlap(a: Slices, b: Slices) -> bool:

@@ -221,7 +221,9 @@ def _blended(objective: Objective, windows: list[int], make: Callable[[int], Ten
     for w in windows:
         part = _interpolated(make(w), plan.roi).to(weight)
         total = weight.new_zeros((len(part), *weight.shape)) if total is None else total
-        total[last_axes(plan.place(w))] += _unpadded(objective, w, part * importance.to(part))
-        weight[plan.place(w)] += _unpadded(objective, w, importance[None].to(weight))[0]
+        counted = torch.zeros_like(importance)
+        counted[plan.counted(w)] = importance[plan.counted(w)]
+        total[last_axes(plan.place(w))] += _unpadded(objective, w, part * counted.to(part))
+        weight[plan.place(w)] += _unpadded(objective, w, counted[None].to(weight))[0]
     assert total is not None
     return total / weight.clamp(min=torch.finfo(weight.dtype).tiny)

@@ -10,6 +10,8 @@ __all__ = ["Scale", "saturated_share", "scale_of"]
 
 OF_MAP, OF_TARGET = 99.5, 99.0
 """Percentiles of the voxels that are not zero, and of the target's voxels."""
+BEYOND = 0.1
+"""Largest share of the map's strength that may lie beyond the end of the scale where the target has no voxels."""
 
 
 class Scale(NamedTuple):
@@ -20,22 +22,26 @@ class Scale(NamedTuple):
 
 
 def scale_of(values: np.ndarray, signed: bool, mask: np.ndarray | None = None) -> Scale:
-    """Return the end of the colour scale of a map: the larger of two percentiles of its strength.
+    """Return the end of the colour scale of a map: the larger of two values of its strength.
 
     Strength is |a|, or max(a, 0) for a map without sign. The percentiles are the 99.5th of the voxels that are not
     zero, and the 99th inside the target's mask, the largest of all channels. With the first alone a lesion of a
     thousandth of the volume is one block in the colour of the scale's end; with the second at most 1 % of the target
-    lies beyond the end, since it is a value of the target itself, and never one between two of them.
+    lies beyond the end, since it is a value of the target itself, and never one between two of them. A target without
+    voxels, such as the score of a class, has in place of the second the value beyond which at most a tenth of the map's
+    strength lies: a map that is strong in a few voxels would be one block too.
 
     Args:
         values: map (C, *spatial). Values that are not finite are left out.
         signed: True if the sign of the map is meaningful.
-        mask: bool (*spatial), the target's voxels; None: unknown.
+        mask: bool (*spatial), the target's voxels; None: it has none.
 
     >>> values = np.zeros((1, 100, 100)); values[0, :, :50] = 0.1; values[0, :2, :10] = np.arange(1, 11)
     >>> mask = values[0] >= 1
-    >>> round(scale_of(values, True).limit, 3), scale_of(values, True, mask)
-    (0.1, Scale(limit=10.0, origin='99th percentile inside the target'))
+    >>> scale_of(values, True, mask)
+    Scale(limit=10.0, origin='99th percentile inside the target')
+    >>> scale_of(values, True)
+    Scale(limit=7.0, origin='value beyond which a tenth of the map lies')
     """
     strength = _strength(values, signed)
     if not strength.any():
@@ -45,6 +51,11 @@ def scale_of(values: np.ndarray, signed: bool, mask: np.ndarray | None = None) -
         inside = max(float(np.percentile(channel[mask], OF_TARGET, method="higher")) for channel in strength)
         if inside > limit:
             limit, origin = inside, f"{OF_TARGET:g}th percentile inside the target"
+    else:
+        beyond = np.sort(strength[strength > limit].astype(np.float64))[::-1]
+        of_tenth = int(np.searchsorted(beyond.cumsum(), BEYOND * strength.sum(dtype=np.float64), side="right"))
+        if of_tenth < len(beyond):
+            limit, origin = float(beyond[of_tenth]), "value beyond which a tenth of the map lies"
     return Scale(limit, origin)
 
 

@@ -22,6 +22,7 @@ from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import MethodError, UsageError
 from esegeta_monai.methods.base import Explained, Method
 from esegeta_monai.methods.precision import full_precision
+from esegeta_monai.utils.weights_only import read_weights
 
 __all__ = ["FittedPatterns", "PatternAttribution", "PatternNet"]
 
@@ -88,7 +89,7 @@ class FittedPatterns:
         if not path.is_file():
             raise UsageError(f"no file {path.name}: fit patterns with 'esegeta-monai patterns', or give cases=")
         try:
-            content = torch.load(path, weights_only=True, map_location="cpu")
+            content = read_weights(path)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise UsageError(
                 f"{path.name} cannot be read as patterns ({type(error).__name__}): fit them again"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from esegeta_monai.errors import UsageError
 
-__all__ = ["Fourier", "RandomView", "Voxels", "hartley", "squash"]
+__all__ = ["Fourier", "Phase", "RandomView", "Voxels", "hartley", "squash"]
 
 
 class Voxels:
@@ -65,6 +65,33 @@ class Fourier:
     def numbers(self, image: Tensor) -> Tensor:
         """Return the numbers (C, *spatial) of an image (C, *spatial): the inverse of `image`."""
         return hartley(image) / self.scale
+
+
+class Phase:
+    """The phase basis of MaCo (Fel et al. 2023): ``x = F⁻¹(|F(x₀)| e^{iφ})``, with the magnitudes of given data.
+
+    ``φ(f) = θ(f) − θ(−f)`` is odd, so that x is real and its magnitudes are exactly those of the data at every
+    frequency, whatever θ. Coefficients that are their own mirror (such as the mean) keep the sign of the data.
+
+    Args:
+        data: image (C, *spatial) whose spectrum is kept.
+    """
+
+    def __init__(self, data: Tensor) -> None:
+        self.axes = tuple(range(1, data.ndim))
+        spectrum = torch.fft.fftn(data.double(), dim=self.axes)
+        own = torch.ones(data.shape[1:], dtype=torch.bool, device=data.device)
+        for axis, n in enumerate(data.shape[1:]):
+            at = torch.arange(n, device=data.device)
+            own &= ((2 * at) % n == 0).reshape(-1, *(1,) * (data.ndim - 2 - axis))
+        self.magnitude = torch.where(own, spectrum.real, spectrum.abs()).to(data.dtype)
+
+    def image(self, numbers: Tensor) -> Tensor:
+        """(C, *shape)."""
+        mirrored = numbers.flip(self.axes).roll([1] * len(self.axes), self.axes)
+        phase = numbers - mirrored
+        spectrum = self.magnitude * torch.complex(phase.cos(), phase.sin())
+        return torch.fft.ifftn(spectrum, dim=self.axes).real
 
 
 def hartley(values: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from esegeta_monai.methods.synthesis.canvas import (
 )
 from esegeta_monai.methods.synthesis.parametrisation import (
     Fourier,
+    Phase,
     RandomView,
     Voxels,
     per_channel,
@@ -76,7 +77,10 @@ class FeatureVisualization(_Synthesis):
         layer: dotted name; None: the target's class.
         channel: channel of the layer; None: the whole layer.
         neuron: a voxel of the canvas that selects the unit, or ``"centre"``; None: all units of the channel.
-        parametrisation: ``"fourier"`` or ``"voxel"``, see `esegeta_monai.methods.synthesis.parametrisation`.
+        parametrisation: ``"fourier"`` or ``"voxel"``, see `esegeta_monai.methods.synthesis.parametrisation`;
+            ``"phase"`` (MaCo, Fel et al. 2023): the magnitudes of the spectrum are those of the case on the canvas, and
+            only phases change. Its start has random phases. It is not kept within the intensities: the record has the
+            share of voxels outside (``outside_intensity``).
         n_iter: steps, one gradient per step.
         lr: learning rate of Adam; about the root mean square change of z per step.
         jitter: greatest shift of the views in voxels.
@@ -100,7 +104,7 @@ class FeatureVisualization(_Synthesis):
     layer: str | None = None
     channel: int | None = None
     neuron: Sequence[int] | Literal["centre"] | None = None
-    parametrisation: Literal["fourier", "voxel"] = "fourier"
+    parametrisation: Literal["fourier", "voxel", "phase"] = "fourier"
     n_iter: int = 128
     lr: float = 0.05
     jitter: int = 4
@@ -118,6 +122,8 @@ class FeatureVisualization(_Synthesis):
             raise UsageError("channel and neuron need a layer: also give layer=… ('esegeta-monai layers' lists them)")
         if self.neuron is not None and self.channel is None:
             raise UsageError(f"neuron={self.neuron!r} needs a channel: also give channel=…")
+        if self.parametrisation == "phase" and self.backend != "native":
+            raise UsageError(f"parametrisation='phase' is not one of backend={self.backend!r}: omit the backend")
         check_steps(self.n_iter, lr=self.lr)
         self._view()
 
@@ -152,7 +158,11 @@ class FeatureVisualization(_Synthesis):
             else:
                 start, end, curve = self._synthesise(canvas, intensity)
             images.append(canvas.on_image(end, intensity[:, 0], objective.plan.spatial_shape))
-            notes.append(described(canvas, start, end, curve, intensity, self.min_rise, FEWER_VIEWS))
+            note = described(canvas, start, end, curve, intensity, self.min_rise, FEWER_VIEWS)
+            if self.parametrisation == "phase":
+                low, high = (per_channel(intensity[:, i], end) for i in (0, 1))
+                note["outside_intensity"] = float(((end < low) | (end > high)).double().mean())
+            notes.append(note)
         return for_targets(objective, images, notes, layer=self.layer, channel=self.channel)
 
     def _view(self, spacing: tuple[float, ...] | None = None) -> RandomView:
@@ -163,25 +173,33 @@ class FeatureVisualization(_Synthesis):
     def _synthesise(self, canvas: Canvas, intensity: Tensor) -> tuple[Tensor, Tensor, list[float]]:
         """Return the image at the start and at the end (C, *canvas), and F at each step."""
         image, generator = canvas.image, canvas.objective.generator()
-        basis: Fourier | Voxels = Voxels()
+        basis: Fourier | Phase | Voxels = Voxels()
         if self.parametrisation == "fourier":
             basis = Fourier(image.shape[1:], self.decay, image.dtype, image.device)
         view = self._view(_spacing(canvas.objective))
-        numbers = noise(image, generator) * START_STD
+        spread = START_STD
+        if self.parametrisation == "phase":
+            basis, spread = Phase(image), math.pi  # phases are then nearly uniform
+
+        def drawn() -> Tensor:
+            values = basis.image(numbers)
+            return values if self.parametrisation == "phase" else squash(values, intensity)
+
+        numbers = noise(image, generator) * spread
         numbers.requires_grad_(True)
         optimizer = torch.optim.Adam([numbers], lr=self.lr)
-        start = squash(basis.image(numbers), intensity).detach()
+        start = drawn().detach()
         curve = []
         for _ in range(self.n_iter):
             with torch.enable_grad():
-                seen = squash(basis.image(numbers), intensity)
+                seen = drawn()
                 if not view.idle:
                     seen = view.show(seen, view.draw(image.shape[1:], generator))
             value, gradient = canvas.climb(seen)
             (numbers.grad,) = torch.autograd.grad(seen, numbers, -gradient)
             optimizer.step()
             curve.append(value)
-        return start, squash(basis.image(numbers), intensity).detach(), curve
+        return start, drawn().detach(), curve
 
 
 FEWER_VIEWS = "take more steps (n_iter), or fewer views (jitter, scale, rotate)"

@@ -12,10 +12,10 @@ import numpy as np
 from esegeta_monai.errors import UsageError
 from esegeta_monai.files.maps import save_map
 from esegeta_monai.files.privacy import private
-from esegeta_monai.output.cohort.analysis import Cohort, FamilyResult
 from esegeta_monai.output.cohort.clusters import FAR, LEAST_CASES
 from esegeta_monai.output.cohort.maps import map_hash
 from esegeta_monai.output.cohort.pictures import HEIGHT, WIDTH, Dot, dots, matrix_picture, similarity_order, slices
+from esegeta_monai.output.cohort.results import Cohort, FamilyResult
 from esegeta_monai.output.report.render import read_text, render
 from esegeta_monai.utils.csv_text import csv_text
 from esegeta_monai.utils.files import atomic, inside, sha256_file, versions, writable_folder, write_json
@@ -63,7 +63,7 @@ def write_cohort(cohort: Cohort, output: str | Path | None = None) -> WrittenCoh
         UsageError: the folder cannot be written, or leads out of the folder of the maps.
 
     >>> import json, tempfile
-    >>> from esegeta_monai.output.cohort.analysis import CohortOptions
+    >>> from esegeta_monai.output.cohort.results import CohortOptions
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     empty = Cohort(Path(folder), CohortOptions(), [], [], [], None)
     ...     write_cohort(empty).page.relative_to(folder).as_posix()

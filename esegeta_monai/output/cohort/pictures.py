@@ -14,7 +14,7 @@ from PIL import Image
 
 from esegeta_monai.files.pictures.picture import save_picture
 from esegeta_monai.files.scans import read_scan
-from esegeta_monai.output.cohort.analysis import FamilyResult
+from esegeta_monai.output.cohort.results import FamilyResult
 
 __all__ = ["Dot", "data_url", "dots", "matrix_picture", "similarity_order", "slices"]
 

@@ -14,9 +14,9 @@ from typing import Any
 
 from esegeta_monai.errors import InputError, UsageError
 from esegeta_monai.explain.record import Record
-from esegeta_monai.files.copies import scan_copy_path
 from esegeta_monai.files.integrity import checked_map, checked_neighbour
 from esegeta_monai.files.journal import read_run
+from esegeta_monai.files.layout import Layout
 from esegeta_monai.files.maps import WITH_MAP, sidecar_path
 from esegeta_monai.files.privacy import private, without_paths
 from esegeta_monai.files.runs import STATUSES
@@ -197,7 +197,8 @@ def _entries(several: list[Any], notes: list[str]) -> list[dict[str, Any]]:
 
 
 def _sidecars(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    for path in sorted([*folder.glob("*.json"), *folder.glob("*/*.json")]):
+    depths = ("*.json", "*/*.json", *(("*/*/*.json", "*/*/*/*.json") if Layout.of(folder).bids else ()))
+    for path in sorted(path for depth in depths for path in folder.glob(depth)):
         record = read_json(path) if inside(path, folder) else None
         if record is not None and {"case", "method", "target_name"} <= set(record) and record.get("status") in STATUSES:
             yield path, record
@@ -241,7 +242,7 @@ def _result(
             if sidecars[path].get("map") and checked_neighbour(path, sidecars[path]["map"], folder).is_file():
                 result.map = checked_map(path, sidecars[path], folder)
             file = None if mask is None else checked_neighbour(path, mask, folder)
-            if file is not None and not file.name.startswith(f"{safe_name(str(entry.get('case', record.case)))}_"):
+            if file is not None and not _is_mask_of(str(entry.get("case", record.case)), file, entry, folder):
                 raise InputError(f"{path.name} names the mask {mask!r}, which is not one of its case")
             result.mask = file if file is not None and file.is_file() else None
         except InputError as error:
@@ -254,14 +255,23 @@ def _result(
     return result
 
 
+def _is_mask_of(case: str, file: Path, entry: Mapping[str, Any], folder: Path) -> bool:
+    """Return True if a file has the name of a mask of this case."""
+    layout = Layout.of(folder)
+    if layout.bids:
+        return file == layout.mask(case, str(entry.get("target")))
+    return file.name.startswith(f"{safe_name(case)}_")
+
+
 def _scan(folder: Path, case: CaseResults) -> Path | None:
-    paths = [scan_copy_path(folder, case.name, separate_folder=separate) for separate in (True, False)]
+    bids = Layout.of(folder).bids
+    paths = [Layout(folder, bids, separate).scan_copy(case.name) for separate in (True, False)]
     return next((path for path in paths if path.is_file() and inside(path, path.parent) and inside(path, folder)), None)
 
 
 def _beside(folder: Path, case: str, what: str) -> Path:
     """Return the path of a table in the folder of a case; a link to another place counts as missing."""
-    path = folder / safe_name(case) / f"{safe_name(case)}_{what}"
+    path = Layout.of(folder).beside(case, what)
     return path if inside(path, folder) else path.with_name(f"{path.name}.link")
 
 
@@ -285,12 +295,16 @@ def _case_metrics(folder: Path, case: str) -> list[dict[str, Any]]:
 
 
 def _as_in_run(rows: list[dict[str, Any]], case: CaseResults) -> list[dict[str, Any]]:
-    """Return rows with targets and methods named as in ``run.json``, also if they were taken from file names."""
+    """Return rows with targets and methods named as in ``run.json``, also if they were taken from file names.
+
+    They are in its order too; those of other methods, such as control maps, follow.
+    """
     known = {safe_name(name).casefold(): name for name in (*case.targets, *case.methods)}
     for row in rows:
         for key in ("target", "method"):
             row[key] = known.get(safe_name(str(row[key])).casefold(), row[key])
-    return rows
+    places = {name: i for i, name in enumerate((*case.targets, *case.methods))}
+    return sorted(rows, key=lambda row: [places.get(row[key], len(places)) for key in ("target", "method")])
 
 
 def _typed(row: Mapping[str, Any]) -> dict[str, Any]:

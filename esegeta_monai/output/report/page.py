@@ -12,6 +12,7 @@ from typing import Any, Literal
 from urllib.parse import quote
 
 from esegeta_monai.errors import InputError, UsageError
+from esegeta_monai.files.layout import Layout
 from esegeta_monai.files.maps import picture_path
 from esegeta_monai.files.privacy import private
 from esegeta_monai.output.report import words
@@ -24,7 +25,6 @@ from esegeta_monai.output.report.thumbnails import picture_of
 from esegeta_monai.output.report.viewer3d import HOW_TO_INSTALL, find_niivue
 from esegeta_monai.utils.files import atomic, inside, refuse_remote
 from esegeta_monai.utils.leftovers import remove_leftovers
-from esegeta_monai.utils.names import safe_name
 
 __all__ = ["Written", "report_path", "viewer_context", "write_report"]
 
@@ -57,7 +57,7 @@ def report_path(output_dir: str | os.PathLike[str], case: str) -> Path:
     >>> report_path("out", "sub-01").as_posix()
     'out/sub-01/sub-01_report.html'
     """
-    return Path(output_dir) / safe_name(case) / f"{safe_name(case)}_report.html"
+    return Layout.of(output_dir).beside(case, "report.html")
 
 
 def write_report(

@@ -16,7 +16,7 @@ from esegeta_monai.output.report.embed import Embedded
 from esegeta_monai.output.report.map_entry import first_map
 from esegeta_monai.output.report.volumes import Steps, View, open_volume, read_volume
 
-__all__ = ["picture_of", "thumbnail"]
+__all__ = ["label_thumbnail", "picture_of", "png_uri", "thumbnail"]
 
 LARGEST = 168
 """Length of the longer side of a thumbnail in pixels."""
@@ -41,7 +41,7 @@ def picture_of(path: Path) -> str:
         np.pad(cut, (((tall - cut.shape[0]) // 2, tall - cut.shape[0] - (tall - cut.shape[0]) // 2), (2, 2)))
         for cut in cuts
     ]
-    return _png(np.hstack(sheet))
+    return png_uri(np.hstack(sheet))
 
 
 def thumbnail(embedded: Embedded, target: str | None = None) -> str | None:
@@ -93,7 +93,30 @@ def thumbnail(embedded: Embedded, target: str | None = None) -> str | None:
     scale = LARGEST / max(wide, high)
     rows, columns = (max(1, round(scale * extent)) for extent in (high, wide))
     at = np.ix_(np.arange(rows) * len(picture) // rows, np.arange(columns) * picture.shape[1] // columns)
-    return _png(picture[at])
+    return png_uri(picture[at])
+
+
+def label_thumbnail(image: np.ndarray, label: np.ndarray | None) -> str:
+    """Draw the plane of an image on which a label is largest, with its outline, as a data URI; else the middle plane.
+
+    Args:
+        image: first channel in grey (C, *spatial), 2D or 3D, on the network's grid.
+        label: above 0 is outlined (*spatial); None: there is no map.
+    """
+    values, marked = image[0], None if label is None or not (label > 0).any() else label > 0
+    if values.ndim == 3:
+        areas = None if marked is None else marked.sum((0, 1))
+        at = values.shape[2] // 2 if areas is None else int(areas.argmax())
+        values, marked = values[..., at], None if marked is None else marked[..., at]
+    low, high = np.percentile(values, (1, 99))
+    picture = np.repeat(((values - low) / ((high - low) or 1)).clip(0, 1)[..., None], 3, -1)
+    if marked is not None:
+        picture[marked & ~binary_erosion(marked)] = (1, 0.88, 0)
+    picture = picture.transpose(1, 0, 2)[::-1]
+    scale = LARGEST / max(picture.shape[:2])
+    rows, columns = (max(1, round(scale * n)) for n in picture.shape[:2])
+    chosen = np.ix_(np.arange(rows) * len(picture) // rows, np.arange(columns) * picture.shape[1] // columns)
+    return png_uri(picture[chosen])
 
 
 def _planes_or_flat(view: View) -> Iterator[tuple[int, int, int]]:
@@ -108,7 +131,7 @@ def _upright(values: np.ndarray, plane: tuple[int, int, int]) -> np.ndarray:
     return cut[::-1, ::-1]  # up is up; the patient's right is on the viewer's left
 
 
-def _png(picture: np.ndarray) -> str:
+def png_uri(picture: np.ndarray) -> str:
     """Return a picture of 0 to 1, grey (rows, columns) or colour (rows, columns, 3), as a data URI."""
     file = io.BytesIO()
     imsave(file, picture, cmap="gray", vmin=0, vmax=1, format="png")

@@ -370,7 +370,8 @@ def methods_text(case: CaseResults, info: dict[str, Any]) -> str:
     bundle, network = info.get("bundle") or first(case, lambda r: r.bundle), first(case, _network)
     named = []
     for method in case.methods:
-        result = next(r for r in case.explained if r.method == method)
+        of_method = [r for r in case.explained if r.method == method]
+        result = next((r for r in of_method if r.record.method), of_method[0])  # a failure has no record
         own = [p.strip() for p in str(result.record.reference or _registered(result)).split(";") if p.strip()]
         marks = ", ".join(str(papers.index(p) + 1) for p in own)
         parameters = parameters_text(result.record.parameters or {})

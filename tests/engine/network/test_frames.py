@@ -268,6 +268,8 @@ def test_every_layer_of_a_convolutional_network_is_known(name):
 ACTIVATIONS = """ReLU LeakyReLU ELU CELU SELU GELU SiLU Mish Softplus Hardtanh Hardswish Hardsigmoid Sigmoid Tanh ReLU6
     PReLU LogSigmoid Softshrink Hardshrink Tanhshrink Softsign Softmax2d Dropout Dropout2d AlphaDropout RReLU"""
 MODES = ("nearest", "bilinear", "bicubic", "nearest-exact")
+IN_PLACE = (nn.ReLU, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.ReLU6, nn.Hardswish, nn.Mish, nn.SiLU, nn.RReLU)
+
 ALIKE = {
     **{name: getattr(nn, name)() for name in ACTIVATIONS.split()},
     "Threshold": nn.Threshold(0.1, 0.0),
@@ -292,7 +294,21 @@ ALIKE = {
         f"Upsample {m}": nn.Upsample(scale_factor=2, mode=m)
         for m in ("nearest", "bilinear", "bicubic", "nearest-exact")
     },
-    "in place": nn.LeakyReLU(inplace=True),
+    **{
+        f"{kind.__name__} in place": kind(inplace=True)
+        for kind in (
+            nn.ReLU,
+            nn.LeakyReLU,
+            nn.ELU,
+            nn.CELU,
+            nn.SELU,
+            nn.ReLU6,
+            nn.Hardswish,
+            nn.Mish,
+            nn.SiLU,
+            nn.RReLU,
+        )
+    },
     "weight norm": nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)),
     "scripted": torch.jit.script(nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU())),
 }

@@ -273,6 +273,19 @@ def test_a_lesion_is_graded_and_the_planes_go_through_it(tmp_path, sheets):
     assert "% of the target's voxels lie beyond the end of the colours" in words(sheets[0])
 
 
+@pytest.mark.parametrize("signed", [True, False])
+def test_a_map_that_is_strong_in_few_voxels_is_graded_without_a_mask(tmp_path, signed):
+    """The score of a class has no voxels; by the percentile alone, half of the map would be one block."""
+    values = 1e-4 * torch.randn(1, *SIZE, generator=torch.Generator().manual_seed(0))
+    values[0, :4, :4, :4] = torch.arange(1.0, 65).reshape(4, 4, 4)
+    strength = (values.abs() if signed else values.clamp(min=0)).flatten().double().numpy()
+    whole = np.percentile(strength[strength > 0], 99.5)
+    assert strength[strength > whole].sum() > 0.3 * strength.sum(), "the case is one"
+    limit = save_picture(tmp_path / "a.png", black_scan(), values, signed=signed, **NAMES)["limit"]
+    assert limit in strength.astype(np.float32)
+    assert strength[strength > limit].sum() <= 0.1 * strength.sum() < strength[strength >= limit].sum()
+
+
 def test_a_photograph_is_drawn_in_colour(tmp_path):
     photo = torch.zeros(3, 20, 30)
     photo[1] = 255  # green

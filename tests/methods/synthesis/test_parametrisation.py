@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from esegeta_monai.errors import UsageError
-from esegeta_monai.methods.synthesis.parametrisation import Fourier, RandomView, hartley, squash
+from esegeta_monai.methods.synthesis.parametrisation import Fourier, Phase, RandomView, hartley, squash
 
 DOUBLE = torch.float64
 SHAPES = [(8, 8), (7, 10), (6, 5, 4), (9, 1, 6)]
@@ -136,3 +136,16 @@ def test_what_is_refused():
     for wrong in ((-1, (1.0, 1.0), 0.0), (0, (1.0, 0.5), 0.0), (0, (0.0, 1.0), 0.0), (0, (1.0, 1.0), -1.0)):
         with pytest.raises(UsageError, match="jitter"):
             RandomView(*wrong)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_phases_leave_the_magnitudes_of_the_data(shape):
+    data, numbers = random(2, *shape), 3 * random(2, *shape, seed=1)
+    axes = tuple(range(1, data.ndim))
+    basis = Phase(data)
+    image = basis.image(numbers)
+    expected = torch.fft.fftn(data, dim=axes)
+    actual = torch.fft.fftn(image, dim=axes)
+    assert float((actual.abs() - expected.abs()).abs().max()) <= 1e-10 * float(expected.abs().max())
+    assert float((image - data).abs().max()) > 0.1
+    assert torch.allclose(image.mean(axes), data.mean(axes), rtol=0, atol=1e-12)

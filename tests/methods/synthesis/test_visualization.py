@@ -55,6 +55,27 @@ SHAPES = [(2, 9, 7), (3, 5, 4, 6)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
+def test_phases_of_a_linear_network_become_those_of_its_weights(shape):
+    """MaCo: of all images with the magnitudes of the case, the one with the phases of w has the largest ⟨w, x⟩."""
+    case, w, _ = linear(*shape)
+    image, axes = case.image, tuple(range(1, len(shape)))
+    method = FeatureVisualization(parametrisation="phase", n_iter=300, lr=0.1, **STILL)
+    result = explained(method, case)
+    data, weights = (torch.fft.fftn(t, dim=axes) for t in (image, w))
+    own = torch.tensor([[all(2 * i % n == 0 for i, n in zip(at, shape[1:]))] for at in np.ndindex(*shape[1:])])
+    own = own.reshape(shape[1:])
+    terms = torch.where(own, data.real * weights.real, data.abs() * weights.abs())
+    best = float(terms.sum() / data[0].numel()) + 3
+    note = result.notes
+    assert note["objective_end"] == pytest.approx([best], rel=1e-4)
+    spectrum = torch.fft.fftn(result.maps[0], dim=axes)
+    assert float((spectrum.abs() - data.abs()).abs().max()) <= 1e-10 * float(data.abs().max())
+    low, high = intensity_range(image, None).reshape(-1, 2, *(1,) * len(axes)).unbind(1)
+    outside = ((result.maps[0] < low) | (result.maps[0] > high)).double().mean()
+    assert note["outside_intensity"] == pytest.approx([float(outside)])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_class_image_of_a_linear_network_with_a_penalty_is_its_closed_form(shape):
     case, w, half = linear(*shape)
     result = explained(ClassImage(regularization=4.0, baseline="zero", n_iter=40), case)
