@@ -134,7 +134,7 @@ def costs_of(
     *,
     quick: bool = False,
 ) -> list[Cost]:
-    """Estimate the costs of a method on several targets of a case, with one trial where it tells them all.
+    """Estimate the costs of a method on several targets of a case, with one trial where it is enough for all.
 
     The trial is made for the target that is seen by most windows (`cost_of`). The time of another target is its known
     passes times the time per pass. A target has a trial of its own if its passes are not known, or are of other kinds,

@@ -75,7 +75,7 @@ class FormatStore:
             InputError: the file cannot be read.
         """
         if key not in self._known and self.path is not None and self.path.is_file():
-            self._known |= read_json(self.path)
+            self._known |= read_json(self.path) or {}
         return FormatChoice(**self._known[key]) if key in self._known else None  # type: ignore[arg-type]
 
     def set(self, key: str, choice: FormatChoice) -> None:

@@ -410,8 +410,8 @@ def test_the_lines_of_the_table():
     assert second.endswith("no voxel")
 
 
-def test_one_trial_tells_the_costs_of_all_targets(clock):
-    """Passes and times of targets with eight and with four windows, of which only the larger one is tried."""
+def test_one_trial_is_enough_for_all_targets(clock):
+    """Passes and times of targets with eight and with four windows; only the larger one is tried."""
     image = torch.rand(1, 1, 8, 96)
     targets = [Box(0, (0, 0), (8, 32)), Box(0, (0, 0), (8, 64))]
     explain = slow(clock)

@@ -15,7 +15,7 @@ __all__ = ["MEMORY_FORMATS", "FormatChoice", "MemoryFormat", "as_format", "faste
 MemoryFormat = Literal["contiguous", "channels_last"]
 
 MEMORY_FORMATS = ("contiguous", "channels_last", "auto")
-"""What a user can ask for; None is the rule (`format_by_rule`)."""
+"""The values of the setting; None is the rule (`format_by_rule`)."""
 
 ENOUGH = 1e-6
 """Errors below this one are those of float32, whatever the order."""
@@ -139,7 +139,7 @@ def faster(evaluate: Evaluate, synchronise: Callable[[], Any] = lambda: None, ro
     Args:
         evaluate: makes the passes in a format.
         synchronise: waits for the device.
-        rounds: the least time of so many is used.
+        rounds: number of measurements, of which the least time is used.
     """
     best: dict[MemoryFormat, float] = {}
     kinds: tuple[MemoryFormat, ...] = ("contiguous", "channels_last")

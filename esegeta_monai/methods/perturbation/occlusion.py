@@ -36,7 +36,7 @@ class Occlusion(PerturbationMethod):
         baseline: replaces the voxels of the occluder, see `esegeta_monai.engine.baselines`.
         per_channel: True: occlude each channel separately; False: all channels together, so that the map has one
             channel, which does not say which of them the network used.
-        refine: 2, 4, 8, …: first occlude boxes whose edge is so many times ``window``, and halve the edge of those
+        refine: 2, 4, 8, …: first occlude boxes whose edge is this multiple of ``window``, and halve the edge of those
             boxes only whose effect is large. In the other boxes each voxel has the effect of the box divided by the
             number of occluders that it would hold, which is exact only if these add up. The record lists the boxes in
             which the map is exactly the full one under ``exact_boxes`` (start and stop of each axis, in voxels of the
