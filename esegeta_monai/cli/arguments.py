@@ -176,6 +176,12 @@ def add_computing_options(parser: argparse.ArgumentParser) -> None:
         help="windows per forward pass (default: the inferer's)",
     )
     parser.add_argument(
+        "--memory-format",
+        choices=["contiguous", "channels_last", "auto"],
+        help="order of values in memory; auto measures both on the first windows and keeps its choice in the run "
+        "(default: by a fixed rule for device and operations)",
+    )
+    parser.add_argument(
         "--no-checks",
         dest="checks",
         action="store_false",

@@ -257,6 +257,7 @@ def explainer_for(reader: BundleReader, options: Namespace) -> Explainer:
         agreement=getattr(options, "agreement", False),
         local=getattr(options, "local", True),
         layer_axes=layer_axes(options.layer_axes),
+        memory_format=getattr(options, "memory_format", None),
     )
 
 

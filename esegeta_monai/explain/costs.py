@@ -20,12 +20,21 @@ from esegeta_monai.methods.base import Method
 from esegeta_monai.methods.precision import SAMPLED
 from esegeta_monai.methods.run import run
 
-__all__ = ["COSTLY", "Cost", "check_cost", "cost_of", "duration", "table", "with_agreement"]
+__all__ = ["COSTLY", "Cost", "check_cost", "cost_of", "costs_of", "duration", "table", "with_agreement"]
 
 logger = logging.getLogger("esegeta_monai")
 
 MOST_PASSES = 64
 """Passes per window after which a timed copy is stopped."""
+
+TRIALS = 6.0
+"""Seconds that the trials of all methods take together, without their timed copies."""
+
+FEW = 4
+"""Perturbations of a copy that is timed quickly."""
+
+SHORT = 0.1
+"""Seconds of a trial that is short enough to be made for each target."""
 
 COSTLY = 100_000
 """Largest number of perturbations that a method computes unless ``allow_costly`` is set."""
@@ -46,6 +55,7 @@ class Cost:
         peak_memory_bytes: peak of the timed passes; memory does not grow with the number of passes.
         note: why there is nothing to compute or why the method would be refused; None if it would run.
         statement: what the method can find on this case, see `Method.foreseen`.
+        whole: the trial ran to its end.
     """
 
     case: int
@@ -58,9 +68,12 @@ class Cost:
     peak_memory_bytes: int | None = None
     note: str | None = None
     statement: str | None = None
+    whole: bool = False
 
 
-def cost_of(method: Method, objective: Objective, case: int, label: str, calibration: float) -> Cost:
+def cost_of(
+    method: Method, objective: Objective, case: int, label: str, calibration: float, *, quick: bool = False
+) -> Cost:
     """Estimate the cost of a method on an objective with one target: known passes times a measured time per pass.
 
     The method runs for at most ``calibration`` seconds. If it ends in time, its cost is known. Otherwise a cheap copy
@@ -71,6 +84,8 @@ def cost_of(method: Method, objective: Objective, case: int, label: str, calibra
         objective: the objective; nothing is computed or stored on it.
         case, label: index of the case and label of the target, for the result.
         calibration: time limit of the trial in seconds; several processes make no trial.
+        quick: time one copy of few passes, where many methods are estimated: the time that a method takes once counts
+            as time of its passes.
     """
     name, device, processes = str(method.name), objective.model.device, objective.context.processes
     local = objective.context.local
@@ -96,18 +111,80 @@ def cost_of(method: Method, objective: Objective, case: int, label: str, calibra
             default_layer(fresh)
             searched = progress.passes
         passes = method.passes(fresh) + searched
-        seconds = _extrapolated(method, objective, passes / processes.size, tried)
+        seconds = _extrapolated(method, objective, passes / processes.size, tried, quick)
     except EsegetaError as error:
         return Cost(case, name, label, note=str(error))
+    exact, memory, foreseen = whole or method.passes_exact, peak_memory(device), method.foreseen(objective)
+    naive = _naive(method, objective, passes)
+    return Cost(case, name, label, passes, exact, naive, seconds, memory, statement=foreseen, whole=whole)
+
+
+def _naive(method: Method, objective: Objective, passes: int) -> int:
+    """Return the window passes of an implementation that predicts the whole image for each perturbation."""
     predictions, windows = method.predictions(objective), len(objective.windows)
     rounds = passes / windows if predictions is None else predictions + 1
-    naive = round(rounds * len(objective.plan))
-    exact, memory = whole or method.passes_exact, peak_memory(device)
-    return Cost(case, name, label, passes, exact, naive, seconds, memory, statement=method.foreseen(objective))
+    return round(rounds * len(objective.plan))
+
+
+def costs_of(
+    method: Method,
+    objectives: Sequence[Objective],
+    case: int,
+    labels: Sequence[str],
+    calibration: float,
+    *,
+    quick: bool = False,
+) -> list[Cost]:
+    """Estimate the costs of a method on several targets of a case, with one trial where it is enough for all.
+
+    The trial is made for the target that is seen by most windows (`cost_of`). The time of another target is its known
+    passes times the time per pass. A target has a trial of its own if its passes are not known, or are of other kinds,
+    or if the trial was short.
+
+    Args:
+        method: the method.
+        objectives: one for each target.
+        case: index of the case.
+        labels: labels of the targets.
+        calibration: time limit of a trial in seconds.
+        quick: see `cost_of`.
+    """
+    most = max(range(len(objectives)), key=lambda k: len(objectives[k].windows))
+    first = cost_of(method, objectives[most], case, labels[most], calibration, quick=quick)
+    known = first.note is None and first.seconds is not None and first.passes > 0 and method.passes_exact
+    known = known and not (first.whole and first.seconds is not None and first.seconds < SHORT)
+    costs = []
+    for k, (objective, label) in enumerate(zip(objectives, labels)):
+        if k == most:
+            costs.append(first)
+        elif known and objective.linear == objectives[most].linear:
+            costs.append(_scaled(first, method, objective, label))
+        else:
+            costs.append(cost_of(method, objective, case, label, calibration, quick=quick))
+    return costs
+
+
+def _scaled(cost: Cost, method: Method, objective: Objective, label: str) -> Cost:
+    """Return the cost for another target, from the time per pass of the first one."""
+    processes = objective.context.processes
+    context = RunContext(Progress(silent=True), processes, window_batch=objective.window_batch)
+    try:
+        passes = method.passes(objective.derive(context=context))
+    except EsegetaError as error:
+        return Cost(cost.case, cost.method, label, note=str(error))
+    assert cost.seconds is not None
+    return replace(
+        cost,
+        target=label,
+        passes=passes,
+        naive_passes=_naive(method, objective, passes),
+        seconds=cost.seconds * passes / cost.passes,
+        statement=method.foreseen(objective),
+    )
 
 
 def _extrapolated(
-    method: Method, objective: Objective, passes: float, tried: tuple[float, int] = (0.0, 0)
+    method: Method, objective: Objective, passes: float, tried: tuple[float, int] = (0.0, 0), quick: bool = False
 ) -> float | None:
     """Extrapolate the seconds of ``passes`` window passes from a cheap copy, timed on one and two batches of windows.
 
@@ -119,9 +196,12 @@ def _extrapolated(
         method, objective: see `cost_of`.
         passes: passes of this process.
         tried: seconds and passes of the trial that was ended.
+        quick: see `cost_of`.
     """
     batch = 1 if objective.model.device.type == "cpu" else objective.window_batch
-    small, large = (_timed(method, objective, n * batch) for n in (1, 2))
+    samples = FEW if quick else SAMPLED
+    small = _timed(method, objective, batch, samples)
+    large = small if quick else _timed(method, objective, 2 * batch, samples)
     if large[2] is not None:
         why = named_reason(large[2])
         logger.warning("%s: its time is a rough estimate or unknown: it fails on a few windows: %s", method.name, why)
@@ -135,13 +215,13 @@ def _extrapolated(
     return max(0.0, large[0] - rate * large[1]) + rate * passes
 
 
-def _timed(method: Method, objective: Objective, windows: int) -> tuple[float, int, Exception | None]:
+def _timed(method: Method, objective: Objective, windows: int, samples: int) -> tuple[float, int, Exception | None]:
     """Time a cheap copy of a method on the first windows that the target sees.
 
     Returns:
         Seconds, window passes, and the error that ended it early; None for a limit.
     """
-    context = RunContext.for_sample(SAMPLED, objective.window_batch, local=objective.context.local)
+    context = RunContext.for_sample(samples, objective.window_batch, local=objective.context.local)
     first, device = objective.derive(first_windows=windows, context=context), objective.model.device
     context.progress.start(pass_limit=MOST_PASSES * windows)
     began = _now(device)

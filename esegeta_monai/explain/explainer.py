@@ -24,7 +24,7 @@ from esegeta_monai.engine.windows.inferers import as_inferer
 from esegeta_monai.errors import EsegetaError, RankLost, UsageError
 from esegeta_monai.explain.attribution import Attribution, Attributions
 from esegeta_monai.explain.case import BatchInputs
-from esegeta_monai.explain.costs import Cost, cost_of, with_agreement
+from esegeta_monai.explain.costs import TRIALS, Cost, costs_of, with_agreement
 from esegeta_monai.explain.outcomes import BoundTarget, Outcomes
 from esegeta_monai.explain.prediction import Prediction
 from esegeta_monai.explain.run import CaseRun, JudgedCase, OnBegin, Skip
@@ -85,6 +85,11 @@ class Explainer:
             they show what the output is, and which thresholds and outputs are used. They are not run.
         inputs_as: how several image inputs are passed to the network: ``"dict"`` (by name) or ``"list"`` as its only
             argument; None: the first by position, the others by name.
+        memory_format: order of values in memory on the network's device, 2D and 3D: ``"contiguous"``,
+            ``"channels_last"``, or ``"auto"``, which measures both on the first windows; the choice is stored in the
+            run, and used again when it is resumed. None: by a fixed rule for the device and the network's operations
+            (`esegeta_monai.engine.network.memory_format.format_by_rule`). Channels-last is used only where it gives
+            the numbers of contiguous windows; what was used, and why, is in the record.
         agreement: compute the maps of the members of an ensemble, and of its mirrored views, alone as well: the record
             has under ``agreement`` how far they agree, and the maps are in `Attribution.agreement`. It takes the
             passes of the ensemble once more for members and for views, and the memory of one map for each.
@@ -132,6 +137,7 @@ class Explainer:
         agreement: bool = False,
         local: bool = True,
         layer_axes: Mapping[str, str] | None = None,
+        memory_format: str | None = None,
     ) -> None:
         if not isinstance(network, nn.Module):
             raise UsageError(
@@ -167,6 +173,7 @@ class Explainer:
             agreement=flag("agreement", agreement),
             local=flag("local", local),
             layer_axes=layer_axes_of(layer_axes),
+            memory_format=memory_format,
         )
 
     def __call__(
@@ -288,7 +295,8 @@ class Explainer:
 
         Args:
             image, methods, targets: as in `__call__`.
-            calibration: largest number of seconds for which each method is run.
+            calibration: largest number of seconds for which each method is run; less for many methods, which share
+                `esegeta_monai.explain.costs.TRIALS` seconds.
             inputs: ``data``, ``prediction``, ``network_args``, ``network_kwargs`` as in `__call__`.
 
         Raises:
@@ -309,14 +317,15 @@ class Explainer:
                 if isinstance(task, Attribution):
                     yield Cost(case.index, str(task.method.name), task.label, note=task.record["reason"])
                     continue
+                alone = [task.objective.derive(scores=[score]) for score in task.objective.scores]
+                labels = [bound.label for bound in task.bound]
+                share = calibration if len(chosen) == 1 else min(calibration, TRIALS / len(chosen))
                 for method in task.methods:
-                    for k, bound in enumerate(task.bound):
-                        alone = task.objective.derive(scores=[task.objective.scores[k]])
-                        with evaluating(settings.network, settings.device):
-                            cost = cost_of(method, alone, case.index, bound.label, calibration)
-                            if settings.agreement:
-                                cost = with_agreement(cost, method, alone)
-                        yield cost
+                    with evaluating(settings.network, settings.device, task.objective.model.memory_format):
+                        costs = costs_of(method, alone, case.index, labels, share, quick=share < calibration)
+                        if settings.agreement:
+                            costs = [with_agreement(cost, method, one) for cost, one in zip(costs, alone)]
+                    yield from costs
 
     def check(self, image: Tensor | Mapping[str, Tensor], **inputs: Any) -> list[CheckResult]:
         """Check what maps take for granted about the network and the first image of a batch, without explaining it.

@@ -31,6 +31,7 @@ from esegeta_monai.engine.windows.grid import OutputGrid
 from esegeta_monai.engine.windows.inferers import plan_windows
 from esegeta_monai.errors import EsegetaError, InputError, NetworkError, TargetError, UsageError
 from esegeta_monai.explain.case import CaseInput, to_device
+from esegeta_monai.explain.formats import choose_format
 from esegeta_monai.explain.outcomes import BoundTarget
 from esegeta_monai.explain.pair import NetworkPair
 from esegeta_monai.explain.record import tensor_hash
@@ -111,6 +112,7 @@ class Prediction:
         if self.plan.whole and one is not None and type(one).__name__ != "SimpleInferer":
             self.model.inferer = one
         self._check_network()
+        self._choose_format()
         self.predicted = self.prediction = self._predict()
         self._note_changed_settings()
         self.average: Any = getattr(settings.inferer, "average", "output") if self.plan.apart else "output"
@@ -200,7 +202,8 @@ class Prediction:
 
         inferer, kwargs, changes = self._inference()
         settings = self.settings
-        with evaluating(settings.network, settings.device), torch.no_grad(), _changed(settings.inferer, changes):
+        running = evaluating(settings.network, settings.device, model.memory_format)
+        with running, torch.no_grad(), _changed(settings.inferer, changes):
             return select_output(inferer(image[None], call, **kwargs))[0].detach().to(self.image)
 
     def _inference(self) -> tuple[Callable[..., Any], dict[str, Any], dict[str, Any]]:
@@ -233,6 +236,16 @@ class Prediction:
                     logger.warning(check.text)
         self.model.mixes_rows = self._mixes_rows
         self.model.copies_input = self._verdict("input") != "passed"
+
+    def _choose_format(self) -> None:
+        """Choose the memory format of the windows, and record it."""
+        settings = self.settings
+        condition = None if self.case.condition is None else self.case.condition.to(self.image)
+        choice = choose_format(
+            settings.memory_format, self.model, self.image, self.plan, condition, settings.processes, settings.formats
+        )
+        self.model.memory_format = choice.used
+        self.case.record["memory_format"] = choice.entry()
 
     def _note_disturbed(self) -> None:
         """Note where the inferer or the given prediction differs from the prediction of this image alone."""
@@ -471,7 +484,8 @@ class Prediction:
 
         blended = _Blended()
         together = ranks.summed([blended]) if shared else nullcontext()
-        with evaluating(settings.network, settings.device), torch.no_grad(), together:
+        running = evaluating(settings.network, settings.device, model.memory_format)
+        with running, torch.no_grad(), together:
             blended.prediction = self._halving(infer, changes)
         assert blended.prediction is not None
         return blended.prediction.to(self.image)

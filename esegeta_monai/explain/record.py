@@ -81,6 +81,7 @@ class Record:
             `esegeta_monai.explain.agreement.summary`; ``of``: what is compared. training_folds: for each fold, whether
             the case was in its training set.
         noise: standard deviation of F over repeated passes, in units of the target, where equal passes differ.
+        memory_format: order of values in memory: what was ``used``, ``by`` what, and the ``reason``.
         layer_axes: axes of layers as the user has stated them, by name.
         head: the meaning of the output, with evidence and certainty, see `esegeta_monai.engine.head.Head`.
             value_units: units of the target, value and baseline_value.
@@ -155,6 +156,7 @@ class Record:
     noise: float | None = None
     head: dict[str, Any] | None = None
     layer_axes: dict[str, str] | None = field(default=None, metadata={"decides": True})
+    memory_format: dict[str, str] | None = None
     value_units: str | None = None
     channels: str | None = None
     label: int | None = None

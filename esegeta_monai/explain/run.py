@@ -138,7 +138,7 @@ class CaseRun:
                 yield task
                 continue
             if not shares_passes(task.methods[0]):  # otherwise the sweep of the methods compares
-                with evaluating(self.settings.network, self.settings.device):
+                with evaluating(self.settings.network, self.settings.device, task.objective.model.memory_format):
                     sweep(task.objective, [])
             for group in grouped(task.methods):
                 checkpoint = None
@@ -248,7 +248,8 @@ class CaseRun:
         objective.context.local_note = None
         began = time.monotonic()
         names = ", ".join(m.name or type(m).__name__ for m in group)
-        with self._bar(names, group, objective), evaluating(settings.network, settings.device):
+        running = evaluating(settings.network, settings.device, objective.model.memory_format)
+        with self._bar(names, group, objective), running:
             outcomes = run_together(group, objective)
         seconds = time.monotonic() - began
         shared = {
@@ -317,7 +318,7 @@ class CaseRun:
         methods = [method for method, ok in zip(group, done) if ok]
         alone: dict[Kind, tuple[list[float], dict[int, list[Tensor] | str]]] = {}
         for kind in kinds if methods else []:
-            with evaluating(self.settings.network, self.settings.device):
+            with evaluating(self.settings.network, self.settings.device, objective.model.memory_format):
                 shares, maps = part_maps(methods, objective, kind)
             alone[kind] = shares, {id(method): m for method, m in zip(methods, maps)}
         return alone
@@ -379,7 +380,7 @@ class CaseRun:
             return None
 
         def repeat() -> Tensor:
-            with evaluating(self.settings.network, self.settings.device):
+            with evaluating(self.settings.network, self.settings.device, objective.model.memory_format):
                 return torch.cat([objective.value(objective.image[None]) for _ in range(NOISE_PASSES)], 1).std(1)
 
         return objective.memo("noise", repeat)
@@ -408,6 +409,7 @@ class CaseRun:
             "version": (records[0].versions or {})["esegeta_monai"],  # versions may order the pairs differently
             "weights_sha256": weights_hash(self.settings.network),
             "targets": [[r.target, r.target_parameters, r.target_sha256] for r in records],
+            "memory_format": (records[0].memory_format or {}).get("used"),
             **{name: getattr(records[0], name) for name in names},
         }
 

@@ -15,6 +15,7 @@ from torch import nn
 from esegeta_monai.engine.head import HEADS, Declared, Postprocessing
 from esegeta_monai.engine.network.model import check_network, is_scripted
 from esegeta_monai.errors import NetworkError, UsageError
+from esegeta_monai.explain.formats import FormatStore, format_of
 from esegeta_monai.explain.record import described
 from esegeta_monai.methods.base import Method
 from esegeta_monai.targets.base import Target
@@ -90,6 +91,8 @@ class Settings:
         layer_axes: axes of layers where they cannot be found out, by the layer's name.
         agreement: also compute the maps of the members of an ensemble and of its mirrored views alone.
         local: compute perturbed windows in parts where that saves work, see `esegeta_monai.engine.local.passes`.
+        memory_format: order of values in memory: ``"contiguous"``, ``"channels_last"``, ``"auto"``, or None: by rule.
+        formats: measured choices of the memory format.
         constant_images: explain images whose voxels are all equal, as metrics make them; else they are refused.
         inferer_record: name and parameters of the inferer as it was given.
 
@@ -121,6 +124,8 @@ class Settings:
     layer_axes: Mapping[str, str] = field(default_factory=dict)
     agreement: bool = False
     local: bool = True
+    memory_format: str | None = None
+    formats: FormatStore = field(default_factory=FormatStore)
     constant_images: bool = False
     inferer_record: Mapping[str, Any] = field(default_factory=dict)
 
@@ -142,6 +147,7 @@ class Settings:
         if self.on_error not in ("raise", "record"):
             raise UsageError(f"on_error={self.on_error!r}: give 'raise' or 'record'")
         object.__setattr__(self, "checks", checks_of(self.checks))
+        format_of(self.memory_format)
         if self.head is not None and self.head not in HEADS:
             raise UsageError(f"head={self.head!r}: give {', '.join(map(repr, HEADS))}, or None to find out")
         if self.inputs_as not in (None, "dict", "list"):

@@ -20,6 +20,7 @@ from esegeta_monai.engine.score import Case
 from esegeta_monai.errors import EsegetaError, InputError, RankLost, named_reason
 from esegeta_monai.explain.attribution import Attribution
 from esegeta_monai.explain.evaluation import Evaluator, Known, alarm_share, value_of_label
+from esegeta_monai.explain.formats import format_of
 from esegeta_monai.explain.metric_choice import chosen_metrics
 from esegeta_monai.explain.record import Record
 from esegeta_monai.handlers.base import CaseHandler, numbered
@@ -45,7 +46,7 @@ class EvaluationHandler(CaseHandler):
     Args:
         methods, targets, output_dir, bundle_root, image_key, pred_key, output: see `ExplanationHandler`.
         class_names, epochs, cases, share, checks, name, seed, time_limit, window_batch: see `ExplanationHandler`.
-        volume_device, progress, head, layer_axes: see `ExplanationHandler`.
+        volume_device, progress, head, layer_axes, memory_format: see `ExplanationHandler`.
         metrics: names, configs or instances; ``"quick"``, ``"full"`` or ``"all"``, see
             `esegeta_monai.explain.metric_choice`, with localisation metrics for cases with a label; None: ``"quick"``.
         label_key: key of a label map in the case's data that marks the known cause. A case without it, or with a label
@@ -101,6 +102,7 @@ class EvaluationHandler(CaseHandler):
         name: str | None = None,
         head: HeadKind | None = None,
         layer_axes: Mapping[str, str] | None = None,
+        memory_format: str | None = None,
     ) -> None:
         super().__init__(
             methods,
@@ -124,6 +126,7 @@ class EvaluationHandler(CaseHandler):
             progress=flag("progress", progress),
             head=head,
             layer_axes=layer_axes,
+            memory_format=format_of(memory_format),
         )
         self.label_key, self.regions_key, self.body_key = label_key, regions_key, body_key
         self.label_value, self.region_names = value_of_label(label_value), None

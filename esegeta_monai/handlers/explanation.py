@@ -16,6 +16,7 @@ from esegeta_monai.engine.head import HeadKind
 from esegeta_monai.errors import EsegetaError, UsageError
 from esegeta_monai.explain.attribution import Attribution
 from esegeta_monai.explain.costs import Cost, table
+from esegeta_monai.explain.formats import format_of
 from esegeta_monai.explain.settings import Checks
 from esegeta_monai.files.layout import LAYOUTS, LayoutName
 from esegeta_monai.files.maps import picture_path
@@ -77,6 +78,7 @@ class ExplanationHandler(CaseHandler):
         head: the meaning of the network's output, see `esegeta_monai.Explainer`; None: determined from the network and
             the engine's postprocessing.
         layer_axes: axes of layers where they cannot be found out, see `esegeta_monai.Explainer`.
+        memory_format: order of values in memory, see `esegeta_monai.Explainer`.
         agreement: also write where the networks of an ensemble agree, see `esegeta_monai.Explainer`.
         local: compute perturbed windows in parts, see `esegeta_monai.Explainer`.
 
@@ -126,6 +128,7 @@ class ExplanationHandler(CaseHandler):
         name: str | None = None,
         head: HeadKind | None = None,
         layer_axes: Mapping[str, str] | None = None,
+        memory_format: str | None = None,
         agreement: bool = False,
         local: bool = True,
     ) -> None:
@@ -152,6 +155,7 @@ class ExplanationHandler(CaseHandler):
             progress=flag("progress", progress),
             head=head,
             layer_axes=layer_axes,
+            memory_format=format_of(memory_format),
             agreement=flag("agreement", agreement),
             local=flag("local", local),
         )

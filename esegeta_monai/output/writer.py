@@ -21,6 +21,7 @@ import esegeta_monai.files as storage
 from esegeta_monai.engine.feature_masks import table_csv
 from esegeta_monai.errors import EsegetaError, InputError, MethodError, OutputLost, RankLost, named_reason
 from esegeta_monai.explain.explainer import Attribution, Explainer
+from esegeta_monai.explain.formats import STORE
 from esegeta_monai.explain.names import ResultNames
 from esegeta_monai.explain.record import DECIDES, Record
 from esegeta_monai.files.copies import save_mask, save_scan_copy
@@ -249,6 +250,7 @@ class ResultWriter:
 
         computed: list[tuple[str, str]] = []
         kept = self.output_dir / ".scores"
+        explainer.settings.formats.path = self.output_dir / STORE
         try:
             refuse_link_out(self.layout.scan_copy(case).parent, self.output_dir)
             check_sources(image, more.get("data"))

@@ -408,3 +408,21 @@ def test_the_lines_of_the_table():
     assert first.split() == ["sub-01", "Voxel-1", "Occlusion", "1,200", "40,000", "1", "min", "15", "s", "2.0", "GiB"]
     assert first.index("40,000") == header.index("naive")
     assert second.endswith("no voxel")
+
+
+def test_one_trial_is_enough_for_all_targets(clock):
+    """Passes and times of targets with eight and with four windows; only the larger one is tried."""
+    image = torch.rand(1, 1, 8, 96)
+    targets = [Box(0, (0, 0), (8, 32)), Box(0, (0, 0), (8, 64))]
+    explain = slow(clock)
+    small, large = explain.costs(image, [m.Occlusion(4)], targets, calibration=3.0)
+    began = clock.seconds
+    alone = [next(iter(slow(clock).costs(image, [m.Occlusion(4)], [t], calibration=3.0))) for t in targets]
+    one_by_one = clock.seconds - began
+    assert [small.passes, large.passes] == [cost.passes for cost in alone]
+    assert [small.naive_passes, large.naive_passes] == [cost.naive_passes for cost in alone]
+    for cost, own in zip((small, large), alone):
+        assert own.seconds / 2 <= cost.seconds <= 2 * own.seconds
+    began = clock.seconds
+    list(slow(clock).costs(image, [m.Occlusion(4)], targets, calibration=3.0))
+    assert clock.seconds - began < 0.75 * one_by_one

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from esegeta_monai.engine.network.memory_format import MemoryFormat, as_format
 from esegeta_monai.engine.network.outputs import OutputChoice, batch_first, choose_output, select_output
 from esegeta_monai.errors import EsegetaError, MethodError, NetworkError
 from esegeta_monai.utils.files import same_folder
@@ -105,6 +106,7 @@ class Model:
         preferred: keys of outputs that a bundle's postprocessing reads.
         disturbs: settings of torch that the network has changed in a pass, in words; copies of the model share them.
         mixes_rows: the images of a batch influence each other, as the checks have shown.
+        memory_format: of the windows, see `esegeta_monai.engine.network.memory_format`.
         choice: the chosen output, if the network returns several tensors and ``output`` names none; known after the
             first pass.
         integers: the dtype of an output of integers; None: it is real, or not known yet.
@@ -137,6 +139,7 @@ class Model:
         self.disturbs: set[str] = set()
         self.choice: OutputChoice | None = None
         self.integers: torch.dtype | None = None
+        self.memory_format: MemoryFormat = "contiguous"
         self.amp, self.amp_kwargs = amp, dict(amp_kwargs or {})
         self.inputs, self.inputs_as = dict(inputs or {}), inputs_as
         self.args = tuple(args)
@@ -173,6 +176,7 @@ class Model:
         """Return a model of a copy of the network in float64, without autocast; further inputs are float64 too."""
         other = self.without_autocast()
         other.network, other.dtype = copy.deepcopy(self.network).double(), torch.float64
+        other.memory_format = "contiguous"
         other.members = tuple({name: _double(value) for name, value in member.items()} for member in self.members)
         other.args = tuple(_double(value) for value in self.args)
         other.kwargs = {name: _double(value) for name, value in self.kwargs.items()}
@@ -216,6 +220,7 @@ class Model:
         given, named = self.args, self.kwargs
         if self.copies_input:  # the network may write into what it gets
             x, given, named = x.clone(), copied(given), copied(named)
+        x = as_format(x, self.memory_format)
         parts = list(x.split(list(self.inputs.values()), dim=1)) if self.inputs else [x]
         if self.repeats:
             given = tuple(_repeated(v, len(x)) for v in given)

@@ -14,6 +14,7 @@ from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import METHODS, Explained, Method
 from esegeta_monai.methods.run import run
+from esegeta_monai.methods.stopping import RunningMean, check_tolerance
 
 __all__ = ["SmoothGrad", "SmoothGradSquared", "VarGrad"]
 
@@ -28,6 +29,11 @@ class SmoothGrad(Method):
             layer. Where it chooses a default layer, the layer is that of the image without noise.
         n_samples: n.
         std: standard deviation of the noise, in units of each channel's standard deviation.
+        tolerance: if given, samples are drawn until the largest error of a voxel is at most ``tolerance`` of the
+            largest absolute voxel, with 95 % confidence (`esegeta_monai.methods.stopping.RunningMean`), or until
+            ``max_samples``; at least 16, and ``n_samples`` is not used. The record has the number, and the bound as
+            ``sampling_error``.
+        max_samples: largest number of samples with ``tolerance``.
 
     Example:
         >>> SmoothGrad("InputXGradient", n_samples=4).method.name
@@ -41,6 +47,8 @@ class SmoothGrad(Method):
     method: Any = "Saliency(abs=False)"
     n_samples: int = 10
     std: float = 0.15
+    tolerance: float | None = None
+    max_samples: int = 1024
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,6 +57,7 @@ class SmoothGrad(Method):
             raise UsageError(f"{type(self).__name__} needs a method with a map, not {self.method.name}")
         if self.n_samples < 1:
             raise UsageError(f"n_samples={self.n_samples}: at least one sample is needed")
+        check_tolerance(self)
         if self.std < 0:
             raise UsageError(f"std={self.std}: noise cannot have a negative standard deviation")
         self.produces = self.method.produces  # type: ignore[misc]
@@ -68,11 +77,35 @@ class SmoothGrad(Method):
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial)."""
+        return self._average(objective)
+
+    def _average(self, objective: Objective, square: bool = False) -> Explained:
+        """Return the mean of the maps (k, C, *spatial), or of their squares."""
+        if self.tolerance is not None:
+            mean = RunningMean(self.max_samples, self.tolerance)
+            for maps in self._samples(objective):
+                if mean.add(maps.square() if square else maps):
+                    break
+            return Explained(mean.mean, {**self._layer(objective), **mean.notes()})
         total: Tensor | None = None
         for maps in self._samples(objective):
+            maps = maps.square() if square else maps
             total = maps.clone() if total is None else total.add_(maps)
         assert total is not None
         return Explained(total / self.n_samples, self._layer(objective))
+
+    @property
+    def completeness_bound(self) -> float:
+        return self.gap_bound
+
+    @property
+    def passes_data_dependent(self) -> bool:
+        return self.tolerance is not None or super().passes_data_dependent
+
+    @property
+    def _most(self) -> int:
+        """The largest number of samples."""
+        return self.n_samples if self.tolerance is None else self.max_samples
 
     def _layer(self, objective: Objective) -> dict[str, Any]:
         """Return the layer of the inner method, for the record; chosen at the image without noise."""
@@ -85,7 +118,7 @@ class SmoothGrad(Method):
         """Count the inner method's passes per sample, and a prediction where F at the noisy image is needed."""
         asked = self.method.reads_image_value or not objective.linear
         prediction = len(objective.windows) if asked else 0
-        return self.n_samples * (prediction + self.method.passes(objective))
+        return self._most * (prediction + self.method.passes(objective))
 
     @property
     def passes_exact(self) -> bool:
@@ -96,7 +129,7 @@ class SmoothGrad(Method):
         """Yield the method's maps (k, C, *spatial) at each noisy image."""
         generator = objective.generator()
         self._layer(objective)  # a default layer is chosen once, and passes on to the noisy images
-        for _ in range(self.n_samples):
+        for _ in range(self._most):
             noisy = objective.image + noise_like(objective.image, self.std, generator)
             yield run(self.method, objective.derive(image=noisy)).maps
 
@@ -107,7 +140,7 @@ class SmoothGradSquared(SmoothGrad):
     Maps are squared after the windows have been added.
 
     Args:
-        method, n_samples, std: see `SmoothGrad`.
+        method, n_samples, std, tolerance, max_samples: see `SmoothGrad`.
     """
 
     reference = "Hooker et al., NeurIPS 2019, arXiv:1806.10758"
@@ -126,22 +159,24 @@ class SmoothGradSquared(SmoothGrad):
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial)."""
-        total: Tensor | None = None
-        for maps in self._samples(objective):
-            total = maps.square() if total is None else total + maps.square()
-        assert total is not None
-        return Explained(total / self.n_samples, self._layer(objective))
+        return self._average(objective, square=True)
 
 
 class VarGrad(SmoothGradSquared):
     """The variance of a method's maps over noisy images: ``a = 1/n Σ_i (A(x + ε_i) − Ā)²`` (Adebayo et al. 2018).
 
     Args:
-        method, n_samples, std: see `SmoothGrad`.
+        method, n_samples, std: see `SmoothGrad`; ``tolerance`` is refused, since the error of a variance is not that of
+            a mean.
     """
 
     reference = "Adebayo et al., ICLR workshop 2018, arXiv:1810.03307"
     cheap_parameters = (("n_samples", 8),)  # the variance of few gradients is hardly more than one difference
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tolerance is not None:
+            raise UsageError("VarGrad: tolerance is for means of maps; give n_samples")
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial); updated sample by sample (Welford 1962), since E[A²] − E[A]² would cancel."""

@@ -21,6 +21,7 @@ from esegeta_monai.methods.layer.activation import LayerMethod
 from esegeta_monai.methods.layer.path import layer_pass
 from esegeta_monai.methods.layer.scattered import LayerSum
 from esegeta_monai.methods.path.integrated_gradients import of_factor
+from esegeta_monai.methods.stopping import RunningMean, check_tolerance
 
 __all__ = ["ExpectedGradients", "GradientShap", "LayerGradientShap"]
 
@@ -61,9 +62,14 @@ class _ExpectedGradients(Method):
     def units(self) -> str:
         return "target per voxel" if self.multiply_by_inputs else "target per unit of image intensity"
 
+    @property
+    def _most(self) -> int:
+        """The largest number of draws."""
+        return self.n_samples
+
     def _draws(self, objective: Objective) -> Iterator[_Draw]:
         generator, baseline = objective.generator(), baseline_for(self.baseline)
-        for _ in range(self.n_samples):
+        for _ in range(self._most):
             x = objective.image
             if self.std:
                 x = x + noise_like(x, self.std, generator)
@@ -82,6 +88,7 @@ class GradientShap(_ExpectedGradients):
         n_samples: number of draws.
         std: standard deviation of the noise added to the image, in units of each channel's standard deviation.
         multiply_by_inputs: False: the mean gradient, without the factor ``x' − x₀``, as in Captum.
+        tolerance, max_samples: draw until the map has a stated precision, see `SmoothGrad`.
 
     Example:
         >>> GradientShap(baseline="noise", n_samples=16).parameters["std"]
@@ -92,16 +99,36 @@ class GradientShap(_ExpectedGradients):
     aliases = ("ExpectedGradients",)
     gap_advice = "take more draws (n_samples); completeness_error is its standard error"
 
+    tolerance: float | None = None
+    max_samples: int = 1024
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_tolerance(self)
+
+    @property
+    def completeness_bound(self) -> float:
+        return self.gap_bound
+
+    @property
+    def passes_data_dependent(self) -> bool:
+        return self.tolerance is not None
+
+    @property
+    def _most(self) -> int:
+        return self.n_samples if self.tolerance is None else self.max_samples
+
     def passes(self, objective: Objective) -> int:
         """Count per draw a gradient, F at the baseline and at the noisy image, and one more for non-linear targets."""
         each = (2 + bool(self.std) + (not objective.linear)) * len(objective.windows)
-        return self.n_samples * each + choice_passes(self.baseline, objective)
+        return self._most * each + choice_passes(self.baseline, objective)
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial)."""
         baseline = baseline_for(self.baseline)
         maps, misses, ends, starts = objective.new_maps(), [], [], []
         shares = maps if self.multiply_by_inputs else torch.zeros_like(maps)
+        running = None if self.tolerance is None else RunningMean(self._most, self.tolerance)
         for draw in self._draws(objective):
             mean = objective.gradient(draw.point[None]).maps[:, 0]
             one = mean * (draw.x - draw.x0)
@@ -113,15 +140,19 @@ class GradientShap(_ExpectedGradients):
             shares += one
             if not self.multiply_by_inputs:
                 maps += mean
-        maps /= self.n_samples
+            if running is not None and running.add(one if self.multiply_by_inputs else mean):
+                break
+        n = len(misses)
+        maps /= n
         if not self.multiply_by_inputs:
-            shares /= self.n_samples
+            shares /= n
         first, last = torch.stack(starts).mean(0), torch.stack(ends).mean(0)
-        errors = torch.stack(misses).std(0) / math.sqrt(self.n_samples)
+        errors = torch.stack(misses).std(0) / math.sqrt(n)
         change = (last - first).abs().cpu()
         error = [float(e / c) if c != 0 else None for e, c in zip(errors, change)]
         notes = {**completeness(shares, last - first), "completeness_error": error}
-        return Explained(maps, {**notes, "n_samples": self.n_samples, **describe_baseline(baseline, first)})
+        notes |= {"n_samples": n} if running is None else running.notes()
+        return Explained(maps, {**notes, **describe_baseline(baseline, first)})
 
 
 ExpectedGradients = GradientShap

@@ -18,6 +18,7 @@ from esegeta_monai.engine.perturbation.scoring import score_changes
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import Explained
 from esegeta_monai.methods.perturbation.base import PerturbationMethod
+from esegeta_monai.methods.perturbation.refined import boxes_of_all_sizes, count_of_all_sizes, refined
 from esegeta_monai.utils.registry import json_ready
 
 __all__ = ["Occlusion"]
@@ -35,13 +36,21 @@ class Occlusion(PerturbationMethod):
         baseline: replaces the voxels of the occluder, see `esegeta_monai.engine.baselines`.
         per_channel: True: occlude each channel separately; False: all channels together, so that the map has one
             channel, which does not say which of them the network used.
+        refine: 2, 4, 8, …: first occlude boxes whose edge is this multiple of ``window``, and halve the edge of those
+            boxes only whose effect is large. In the other boxes each voxel has the effect of the box divided by the
+            number of occluders that it would hold, which is exact only if these add up. The record lists the boxes in
+            which the map is exactly the full one under ``exact_boxes`` (start and stop of each axis, in voxels of the
+            network's grid), and their share of the voxels under ``exact_share``. Large effects of opposite sign in one
+            box may cancel and stay unseen. None: occlude all.
+        refine_above: a box is divided if its effect on any target is at least this share of the largest effect of the
+            boxes of its size.
 
     Raises:
         UsageError: the stride leaves voxels between the occluders, which no occluder would ever cover.
 
     Example:
         >>> Occlusion(window=8, stride=4).parameters
-        {'window': 8, 'stride': 4, 'baseline': 'auto', 'per_channel': False}
+        {'window': 8, 'stride': 4, 'baseline': 'auto', 'per_channel': False, 'refine': None, 'refine_above': 0.05}
     """
 
     map_check = "cells"
@@ -51,11 +60,29 @@ class Occlusion(PerturbationMethod):
     stride: int | Sequence[int] | None = None
     baseline: Any = "auto"
     per_channel: bool = False
+    refine: int | None = None
+    refine_above: float = 0.05
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.refine is None:
+            return
+        if self.refine < 2 or self.refine & (self.refine - 1) or not 0 < self.refine_above <= 1:
+            raise UsageError(
+                f"Occlusion: refine={self.refine} must be 2, 4, 8, …, and refine_above={self.refine_above} above 0 and "
+                "at most 1"
+            )
+        if self.per_channel or (self.stride is not None and self.stride != self.window):
+            raise UsageError("Occlusion: refine divides boxes that tile the image: omit stride and per_channel")
+        self.map_check = "none"  # type: ignore[misc] # it would compare voxels outside of the exact boxes
 
     def attribute(self, objective: Objective) -> Explained:
         """(k, C, *spatial) with ``per_channel``, else (k, 1, *spatial)."""
         baseline = baseline_for(self.baseline, local=True)
         reference = baseline.draw(objective, objective.generator())
+        if self.refine is not None:
+            maps, notes = refined(self._edges(objective), self.refine, self.refine_above, objective, reference)
+            return Explained(maps, {**notes, "baseline": json_ready(baseline.record())})
         boxes = self.occluders(objective, reference)
         drops = (-score_changes(objective, boxes)).to(objective.image)
         maps = objective.new_maps(None if self.per_channel else 1)
@@ -77,8 +104,18 @@ class Occlusion(PerturbationMethod):
         return Explained(maps, {"occluders": len(boxes), "baseline": json_ready(baseline.record())})
 
     def perturbations(self, objective: Objective) -> Boxes:
-        """Return all occluders."""
-        return self.occluders(objective, baseline_for(self.baseline, local=True).draw(objective, objective.generator()))
+        """Return all occluders, with ``refine`` those of all sizes."""
+        reference = baseline_for(self.baseline, local=True).draw(objective, objective.generator())
+        if self.refine is not None:
+            return boxes_of_all_sizes(self._edges(objective), self.refine, objective.plan.spatial_shape, reference)
+        return self.occluders(objective, reference)
+
+    def _edges(self, objective: Objective) -> tuple[int, ...]:
+        return self._spatial(self.window, len(objective.plan.spatial_shape), "window")
+
+    @property
+    def passes_data_dependent(self) -> bool:
+        return self.refine is not None or super().passes_data_dependent
 
     def replaced_at(self, objective: Objective, channel: int, voxel: Sequence[int]) -> list[Tensor]:
         """Return the images (C, *spatial) whose mean change is the map's value at a voxel (channel, *voxel)."""
@@ -94,6 +131,8 @@ class Occlusion(PerturbationMethod):
         return images
 
     def predictions(self, objective: Objective) -> int:
+        if self.refine is not None:
+            return count_of_all_sizes(self._edges(objective), self.refine, objective.plan.spatial_shape)
         occluders = math.prod(len(line) for line in self._lines(objective.plan.spatial_shape))
         return occluders * (objective.image.shape[0] if self.per_channel else 1)
 
