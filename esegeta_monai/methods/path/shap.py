@@ -150,8 +150,8 @@ class GradientShap(_ExpectedGradients):
         errors = torch.stack(misses).std(0) / math.sqrt(n)
         change = (last - first).abs().cpu()
         error = [float(e / c) if c != 0 else None for e, c in zip(errors, change)]
-        notes = {**completeness(shares, last - first), "completeness_error": error}
-        notes |= {"n_samples": n} if running is None else running.notes()
+        notes: dict[str, Any] = {**completeness(shares, last - first), "completeness_error": error}
+        notes.update({"n_samples": n} if running is None else running.notes())
         return Explained(maps, {**notes, **describe_baseline(baseline, first)})
 
 
