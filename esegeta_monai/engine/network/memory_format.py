@@ -139,7 +139,7 @@ def faster(evaluate: Evaluate, synchronise: Callable[[], Any] = lambda: None, ro
     Args:
         evaluate: makes the passes in a format.
         synchronise: waits for the device.
-        rounds: number of measurements, of which the least time is used.
+        rounds: number of measurements; the least time counts.
     """
     best: dict[MemoryFormat, float] = {}
     kinds: tuple[MemoryFormat, ...] = ("contiguous", "channels_last")
