@@ -75,7 +75,7 @@ LABELS = [
     label("2D", "--label", saved(LABEL[..., 0]), r"a 2D image \(16x20\)"),
     label("truncated", "--label", n.raw(lambda b: b[:2000]), "label.nii.gz: the file is truncated"),
     label("with a flipped bit", "--label", n.raw(damaged_trailer), "label.nii.gz: the file is damaged"),
-    label("missing", "--label", nothing, "no such file"),
+    label("missing", "--label", nothing, "no such file", 2),
     label("metres away", "--body", shifted, "lies outside the image"),
     label("empty", "--body", saved(LABEL * 0), "the body map has no voxel above 0"),
     label("metres away", "--regions", shifted, "lies outside the image"),
