@@ -191,11 +191,11 @@ def test_a_new_map_takes_the_first_place_and_the_comparison_stays(served: Served
     page.select_option("#second", index=2)
     page.wait_for_selector("#second-box canvas[data-state='drawn']")
     compared = page.inner_text("#pair-second")
-    page.select_option("#a-method", value="Saliency")
+    page.select_option("#a-method", value="VanillaBackprop")
     served.finish()
     served.wait_for_view(views + 1)
     page.wait_for_selector("#second-box canvas[data-state='drawn']")
-    assert page.inner_text("#focus-title").startswith("Saliency")
+    assert page.inner_text("#focus-title").startswith("VanillaBackprop")
     assert page.inner_text("#pair-second") == compared
     assert page.locator("#second option:checked").inner_text() in (compared, compared.replace(", ", " · "))
     page.select_option("#second", value="-1")
@@ -265,7 +265,7 @@ def test_it_survives_a_killed_worker(served: Served) -> None:
     assert "started again" in served.page.inner_text("#a-notice")
     served.page.select_option("#a-method", value="Saliency")
     views = served.views
-    assert served.finish()["results"][0]["status"] in ("ok", "skipped")  # another test may have made it
+    assert served.finish()["results"][0]["status"] == "ok"
     served.wait_for_view(views + 1)
 
 
