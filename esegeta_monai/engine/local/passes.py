@@ -157,7 +157,7 @@ class LocalPasses:
         tape = self._known.get("tape")
         if tape is None:
             try:
-                tape, _, _ = record(
+                tape, _ = record(
                     lambda x: objective.run(x, [window], counted=False), x.clone(), objective.model.network
                 )
             except NotLocal as error:

@@ -168,10 +168,8 @@ _NUMBER = "_esegeta_number"
 class _Recorder(TorchFunctionMode):
     """The mode that records operations on everything computed from the window."""
 
-    def __init__(self, module: nn.Module, limit: int) -> None:
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
-        self.kept: dict[int, Tensor] | None = {}
-        self.kept_bytes, self.limit = 0, limit
         self.steps: list[Step] = []
         self.shapes: list[tuple[int, ...]] = []
         self.item_sizes: list[int] = []
@@ -204,16 +202,7 @@ class _Recorder(TorchFunctionMode):
         self.item_sizes.append(tensor.element_size())
         setattr(tensor, _NUMBER, (self._token, number))
         self._memory.setdefault(_memory(tensor), set()).add(number)
-        self._keep(number, tensor)
         return number
-
-    def _keep(self, number: int, tensor: Tensor) -> None:
-        """Keep a tensor, or none at all if there would be too much."""
-        if self.kept is not None:
-            self.kept_bytes += tensor.nbytes
-            self.kept[number] = tensor.detach()
-            if self.kept_bytes > self.limit:
-                self.kept = None
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -236,14 +225,11 @@ class _Recorder(TorchFunctionMode):
         self._check(operation)
         target: Any = (args[0] if args else next(iter(kwargs.values()))) if in_place else None
         before = self._memory.get(_memory(target), set()).copy() if target is not None else set()
-        for number in before:  # views share the memory that is written to
-            if self.kept is not None and number in self.kept:
-                self._keep(number, self.kept[number].clone())
         result = func(*args, **kwargs)
         if name == "type" and isinstance(result, str):
             return result
         self._append(operation, numbers, operands, target if in_place else result)
-        self._stale |= before
+        self._stale |= before  # views share the memory that was written to
         return result
 
     def _operands(self, name: str, args: Any, kwargs: Any) -> tuple[list[int], list[Tensor]]:
@@ -332,24 +318,21 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def record(
-    run: Callable[[Tensor], Tensor], window: Tensor, module: nn.Module, limit: int = 0
-) -> tuple[Tape, Tensor, dict[int, Tensor] | None]:
+def record(run: Callable[[Tensor], Tensor], window: Tensor, module: nn.Module) -> tuple[Tape, Tensor]:
     """Record one pass of a network.
 
     Args:
         run: computes the output (1, R, *out_roi) of a window; calls the network once.
         window: (1, C, *roi).
         module: the network, whose parameters and buffers are constants.
-        limit: largest number of bytes to keep of the pass.
 
     Returns:
-        The tape, the output, and the tensors ``tape.cached`` of this pass (None: all tensors exceed the limit).
+        The tape, and the output of this pass, which may be rounded otherwise than without gradients.
 
     Raises:
         NotLocal: the pass could differ for another window in a way that the tape does not follow.
     """
-    recorder = _Recorder(module, limit)
+    recorder = _Recorder(module)
     # with gradients, a tensor that the mode has not seen shows that it depends on the window; nothing is kept for them
     with torch.inference_mode(False), torch.enable_grad(), saved_tensors_hooks(_drop, _never):
         x = window.clone().requires_grad_(True).clone()
@@ -361,9 +344,7 @@ def record(
         raise NotLocal(recorder.reason)
     if number is None:
         raise NotLocal("code that a function mode cannot see (TorchScript, a compiled or custom function)")
-    tape = Tape(recorder.steps, recorder.shapes, recorder.item_sizes, number)
-    kept = None if recorder.kept is None else {i: recorder.kept[i] for i in tape.cached}
-    return tape, out.detach(), kept
+    return Tape(recorder.steps, recorder.shapes, recorder.item_sizes, number), out.detach()
 
 
 def _drop(tensor: Tensor) -> None:
