@@ -69,11 +69,7 @@ class FormatStore:
         self._known: dict[str, dict[str, str]] = {}
 
     def get(self, key: str) -> FormatChoice | None:
-        """Return a stored choice, or None.
-
-        Raises:
-            InputError: the file cannot be read.
-        """
+        """Return a stored choice, or None; a file that cannot be read holds none."""
         if key not in self._known and self.path is not None and self.path.is_file():
             self._known |= read_json(self.path) or {}
         return FormatChoice(**self._known[key]) if key in self._known else None  # type: ignore[arg-type]
