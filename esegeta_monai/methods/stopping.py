@@ -10,7 +10,7 @@ from torch import Tensor
 
 from esegeta_monai.errors import UsageError
 
-__all__ = ["FEWEST", "RunningMean", "check_tolerance", "looks"]
+__all__ = ["FEWEST", "RunningMean", "RunningMoments", "check_tolerance", "looks"]
 
 FEWEST = 16
 """Samples before the first look: of fewer, the standard error is hardly known."""
@@ -43,8 +43,44 @@ def looks(most: int) -> list[int]:
     return counts if counts[-1] == most else [*counts, most]
 
 
+class RunningMoments:
+    """Mean and squared deviations of maps (k, C, *spatial) sample by sample (Welford 1962): E[A²] − E[A]² would cancel.
+
+    Attributes:
+        count: number of samples.
+        squares: sum of the squared deviations from the mean (k, C, *spatial).
+
+    >>> moments = RunningMoments()
+    >>> for value in (1.0, 2.0, 6.0):
+    ...     moments.add(torch.full((1, 1, 1), value))
+    >>> moments.mean.item(), moments.squares.item()
+    (3.0, 14.0)
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._mean: Tensor | None = None
+        self.squares = torch.empty(0)
+
+    @property
+    def mean(self) -> Tensor:
+        """The mean (k, C, *spatial)."""
+        assert self._mean is not None
+        return self._mean
+
+    def add(self, maps: Tensor) -> None:
+        """Add a sample (k, C, *spatial)."""
+        self.count += 1
+        if self._mean is None:
+            self._mean, self.squares = maps.clone(), torch.zeros_like(maps)
+            return
+        step = maps - self._mean
+        self._mean += step / self.count
+        self.squares += step * (maps - self._mean)
+
+
 class RunningMean:
-    """The mean of maps (k, C, *spatial) sample by sample (Welford 1962), with a bound of its error.
+    """The mean of maps (k, C, *spatial) sample by sample, with a bound of its error.
 
     The bound holds for all voxels and looks together with probability `CONFIDENCE`, if the means are normal: the
     remaining probability is divided among the looks, the targets and the voxels that vary (Bonferroni), with the
@@ -63,26 +99,23 @@ class RunningMean:
     """
 
     def __init__(self, most: int, tolerance: float) -> None:
-        self.count, self.tolerance = 0, tolerance
+        self.tolerance = tolerance
         self._looks = looks(most)
-        self._mean: Tensor | None = None
-        self._squares = torch.empty(0)
+        self._moments = RunningMoments()
+
+    @property
+    def count(self) -> int:
+        """The number of samples."""
+        return self._moments.count
 
     @property
     def mean(self) -> Tensor:
         """The mean (k, C, *spatial)."""
-        assert self._mean is not None
-        return self._mean
+        return self._moments.mean
 
     def add(self, maps: Tensor) -> bool:
         """Add a sample (k, C, *spatial); return True if no further one is needed or allowed."""
-        self.count += 1
-        if self._mean is None:
-            self._mean, self._squares = maps.clone(), torch.zeros_like(maps)
-            return False
-        step = maps - self._mean
-        self._mean += step / self.count
-        self._squares += step * (maps - self._mean)
+        self._moments.add(maps)
         if self.count == self._looks[-1]:
             return True
         return self.count in self._looks and max(self.precision()) <= self.tolerance
@@ -91,9 +124,10 @@ class RunningMean:
         """Return the bound of the largest error of a voxel over the largest absolute voxel, for each target."""
         from scipy.stats import t
 
-        voxels = max(1, int((self._squares != 0).sum()))
+        squares = self._moments.squares
+        voxels = max(1, int((squares != 0).sum()))
         quantile = float(t.isf((1 - CONFIDENCE) / (2 * len(self._looks) * voxels), self.count - 1))
-        errors = (self._squares / (self.count - 1) / self.count).sqrt().flatten(1).amax(1).double() * quantile
+        errors = (squares / (self.count - 1) / self.count).sqrt().flatten(1).amax(1).double() * quantile
         largest = self.mean.abs().flatten(1).amax(1).double()
         return [0.0 if e == 0 else float(e / m) if m > 0 else math.inf for e, m in zip(errors, largest)]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from esegeta_monai.engine.baselines import noise_like
@@ -14,7 +13,7 @@ from esegeta_monai.engine.objective import Objective
 from esegeta_monai.errors import UsageError
 from esegeta_monai.methods.base import METHODS, Explained, Method
 from esegeta_monai.methods.run import run
-from esegeta_monai.methods.stopping import RunningMean, check_tolerance
+from esegeta_monai.methods.stopping import RunningMean, RunningMoments, check_tolerance
 
 __all__ = ["SmoothGrad", "SmoothGradSquared", "VarGrad"]
 
@@ -179,13 +178,8 @@ class VarGrad(SmoothGradSquared):
             raise UsageError("VarGrad: tolerance is for means of maps; give n_samples")
 
     def attribute(self, objective: Objective) -> Explained:
-        """(k, C, *spatial); updated sample by sample (Welford 1962), since E[A²] − E[A]² would cancel."""
-        mean: Tensor | None = None
-        for i, maps in enumerate(self._samples(objective)):
-            if mean is None:
-                mean, squares = maps.clone(), torch.zeros_like(maps)
-                continue
-            step = maps - mean
-            mean += step / (i + 1)
-            squares += step * (maps - mean)
-        return Explained(squares / self.n_samples, self._layer(objective))
+        """(k, C, *spatial)."""
+        moments = RunningMoments()
+        for maps in self._samples(objective):
+            moments.add(maps)
+        return Explained(moments.squares / self.n_samples, self._layer(objective))
