@@ -82,8 +82,8 @@ def cost_of_evaluation(
         )
     predictions = sum(cost.shared + cost.each * maps * targets for cost in groups.values())
     explanations = sum(cost.explanations for cost in groups.values())
-    # the scores of the unperturbed windows are computed once
-    changed = (predictions + bool(predictions)) * windows
+    # the scores of the unperturbed windows are computed once, and one pass is recorded to compute others in parts
+    changed = (predictions + bool(predictions)) * windows + bool(predictions and objective.context.local)
     once, seconds_once = _explanation(methods, objective)
     first, seconds_first = _explanation(computed, objective)
     work = changed + explanations * seconds_once + seconds_first
